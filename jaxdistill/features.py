@@ -1,0 +1,43 @@
+"""What an encoder returns, and how an objective names the parts that it wants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+
+Kind = Literal["hidden", "query", "key", "value"]
+KINDS: tuple[Kind, ...] = ("hidden", "query", "key", "value")
+
+
+class Feature(NamedTuple):
+    """One tensor of an encoder. Layer 0 is the embedding output (hidden only), 1..L are the blocks."""
+
+    kind: Kind
+    layer: int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EncoderOutput:
+    """Tensors [B, S, D] by layer number; only what was asked for. Query, key, value: native heads side by side."""
+
+    hidden: dict[int, jax.Array]
+    query: dict[int, jax.Array]
+    key: dict[int, jax.Array]
+    value: dict[int, jax.Array]
+
+    def __getitem__(self, feature: Feature) -> jax.Array:
+        return getattr(self, feature.kind)[feature.layer]
+
+
+def all_features(layers: Iterable[int]) -> frozenset[Feature]:
+    """Hidden state, query, key and value of each layer (layer 0: the hidden state alone)."""
+    return frozenset(Feature(kind, layer) for layer in layers for kind in KINDS if layer > 0 or kind == "hidden")
+
+
+def deepest_layer(features: Iterable[Feature]) -> int:
+    """The last block that has to be entered: nothing above it is computed."""
+    return max((feature.layer for feature in features), default=0)
