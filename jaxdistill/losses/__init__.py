@@ -1,0 +1,9 @@
+"""Losses: pure formulas, arrays in, (sum, count) out, both float32 scalars; the value is sum / count in nats.
+
+One masking rule: a padded key (mask 0, or with packed rows a key of another segment) never receives probability, a padded
+query never counts. The division happens once, over the global batch.
+"""
+
+from jaxdistill.losses.relations import relation_kl
+
+__all__ = ["relation_kl"]

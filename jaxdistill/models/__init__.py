@@ -1,0 +1,121 @@
+"""Encoders: parameters are plain nested dicts of arrays, and these functions are all that the other rooms see.
+
+The parameters of a model are {"embeddings": ..., "layers": {"01": ...}} and, where it has them, "pooler" and "mlm".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from types import EllipsisType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdistill.features import EncoderOutput, Feature, all_features
+from jaxdistill.models.config import EncoderConfig
+from jaxdistill.models.dropout import DropoutKeys
+from jaxdistill.models.encoder import Encoder, layer_name
+from jaxdistill.models.heads import MLMHead, Pooler
+from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained
+from jaxdistill.shapes import Array, Float, Int, Key, Num
+
+__all__ = [
+    "DropoutKeys",
+    "EncoderConfig",
+    "encode",
+    "forward",
+    "init_params",
+    "layer_name",
+    "load_config",
+    "load_pretrained",
+    "mlm_logits",
+    "save_pretrained",
+]
+
+Params = dict
+
+
+@lru_cache(maxsize=64)
+def _definition(kind: type[nnx.Module], config: EncoderConfig, dtype: str, **options) -> nnx.GraphDef:
+    """The module without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: kind(config, jnp.dtype(dtype), rngs=nnx.Rngs(0), **options)))[0]
+
+
+def _module(kind: type[nnx.Module], config: EncoderConfig, dtype, params: Params, **options):
+    # jnp.asarray: NNX indexes its arrays in traced code, which host arrays cannot do.
+    arrays = jax.tree.map(jnp.asarray, params)
+    return nnx.merge(_definition(kind, config, jnp.dtype(dtype).name, **options), nnx.State(arrays))
+
+
+def init_params(config: EncoderConfig, key: Key[Array, ""], *, pooler: bool = False, mlm: bool = False) -> Params:
+    """Random float32 parameters (kernels and embeddings truncated normal, biases zero). Pure: call it under `jax.jit`."""
+
+    def init(kind, i):
+        module = kind(config, jnp.float32, rngs=nnx.Rngs(params=jax.random.fold_in(key, i)))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    heads = {"pooler": (Pooler, pooler), "mlm": (MLMHead, mlm)}
+    return init(Encoder, 0) | {name: init(kind, i) for i, (name, (kind, wanted)) in enumerate(heads.items(), 1) if wanted}
+
+
+def forward(
+    config: EncoderConfig,
+    params: Params,
+    input_ids: Int[Array, "B S"],
+    attention_mask: Num[Array, "B S"],
+    token_type_ids: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    *,
+    features: frozenset[Feature],
+    dropout: DropoutKeys | None = None,
+    dtype=jnp.float32,
+) -> EncoderOutput:
+    """The features asked for, and no computation above the deepest of them. Without `dropout` it is deterministic.
+
+    Args:
+      attention_mask: 1 = real token.
+      segment_ids: numbers of the texts packed in a row, 0 = padding; None: a row is one text.
+      dtype: of the matrix products; softmax and norms are float32.
+
+    Raises:
+      ValueError: a layer that the model does not have, or a sequence longer than its position table.
+    """
+    for feature in features:
+        if not (0 if feature.kind == "hidden" else 1) <= feature.layer <= config.num_layers:
+            raise ValueError(f"no {feature.kind} of layer {feature.layer}: the encoder has layers 1..{config.num_layers} (hidden also 0)")
+    if input_ids.shape[1] > config.max_sequence_length:
+        raise ValueError(f"sequence length {input_ids.shape[1]} is over the encoder's {config.max_sequence_length} positions")
+    encoder = _module(Encoder, config, dtype, {name: params[name] for name in ("embeddings", "layers")})
+    return encoder(input_ids, attention_mask, token_type_ids, segment_ids, features=features, dropout=dropout)
+
+
+def encode(
+    config: EncoderConfig,
+    params: Params,
+    input_ids,
+    attention_mask,
+    token_type_ids=None,
+    *,
+    layers: Iterable[int] | EllipsisType = ...,
+) -> EncoderOutput:
+    """Hidden states, queries, keys and values [B, S, D] of the layers asked for (`...`: all), in float32, without dropout.
+
+    Layer 0 is the embedding output and has a hidden state only.
+    """
+    wanted = range(config.num_layers + 1) if layers is ... else layers
+    arrays = (None if x is None else jnp.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+    return forward(config, params, *arrays, features=all_features(wanted))
+
+
+def mlm_logits(config: EncoderConfig, params: Params, hidden: Float[Array, "*B S D"], *, dtype=jnp.float32) -> Float[Array, "*B S V"]:
+    """Logits over the vocabulary from the last hidden state, in float32.
+
+    Raises:
+      ValueError: the model has no MLM head.
+    """
+    if "mlm" not in params:
+        raise ValueError("the model has no MLM head: load one from an MLM checkpoint (BertForMaskedLM, RobertaForMaskedLM)")
+    head = _module(MLMHead, config, dtype, params["mlm"], tied="decoder" not in params["mlm"])
+    return head(hidden, jnp.asarray(params["embeddings"]["word"]["embedding"]))

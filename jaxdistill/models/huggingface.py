@@ -1,0 +1,269 @@
+"""Model folders of the Hub, read and written without torch: config.json, and safetensors through one table of names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxdistill.errors import InputError
+from jaxdistill.models.config import EncoderConfig
+from jaxdistill.models.hub import find_model
+
+# config.json -> EncoderConfig, and the value that transformers assumes where a file says nothing (None: it must say).
+_CONFIG_FIELDS = {
+    "vocab_size": ("vocab_size", None),
+    "num_hidden_layers": ("num_layers", None),
+    "num_attention_heads": ("num_heads", None),
+    "hidden_size": ("hidden_size", None),
+    "intermediate_size": ("intermediate_size", None),
+    "max_position_embeddings": ("max_position_embeddings", 512),
+    "type_vocab_size": ("type_vocab_size", 2),
+    "hidden_act": ("activation", "gelu"),
+    "layer_norm_eps": ("layer_norm_eps", 1e-12),
+    "initializer_range": ("initializer_range", 0.02),
+    "hidden_dropout_prob": ("hidden_dropout", 0.1),
+    "attention_probs_dropout_prob": ("attention_dropout", 0.1),
+    "pad_token_id": ("pad_token_id", {"bert": 0, "roberta": 1, "xlm-roberta": 1}),
+    "bos_token_id": ("bos_token_id", {"bert": None, "roberta": 0, "xlm-roberta": 0}),
+    "eos_token_id": ("eos_token_id", {"bert": None, "roberta": 2, "xlm-roberta": 2}),
+}
+_FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+_PREFIX = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta"}
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+_LINEAR = (("weight", "kernel"), ("bias", "bias"))
+_NORM = (("weight", "scale"), ("bias", "bias"))
+_EMBED = (("weight", "embedding"),)
+# Hub module -> path of ours, kind of module. Blocks count from 0 there, from 1 here.
+_EMBEDDINGS = {
+    "embeddings.word_embeddings": ("embeddings/word", _EMBED),
+    "embeddings.position_embeddings": ("embeddings/position", _EMBED),
+    "embeddings.token_type_embeddings": ("embeddings/token_type", _EMBED),
+    "embeddings.LayerNorm": ("embeddings/norm", _NORM),
+}
+_BLOCK = {
+    "attention.self.query": ("query", _LINEAR),
+    "attention.self.key": ("key", _LINEAR),
+    "attention.self.value": ("value", _LINEAR),
+    "attention.output.dense": ("attention_output", _LINEAR),
+    "attention.output.LayerNorm": ("attention_norm", _NORM),
+    "intermediate.dense": ("intermediate", _LINEAR),
+    "output.dense": ("output", _LINEAR),
+    "output.LayerNorm": ("output_norm", _NORM),
+}
+_MLM = {
+    "bert": {"cls.predictions.transform.dense": "dense", "cls.predictions.transform.LayerNorm": "norm", "cls.predictions": None},
+    "roberta": {"lm_head.dense": "dense", "lm_head.layer_norm": "norm", "lm_head": None},
+}
+# Buffers, and BERT's next-sentence head, which no distillation reads.
+_IGNORED = re.compile(r"(.*\.)?embeddings\.position_ids|cls\.seq_relationship\.(weight|bias)")
+
+
+def weight_names(config: EncoderConfig, *, base_prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Pairs (name in the file, path of ours) of every tensor that a model of this shape may hold."""
+    modules = {base_prefix + name: entry for name, entry in _EMBEDDINGS.items()}
+    for i in range(config.num_layers):
+        for name, (path, kind) in _BLOCK.items():
+            modules[f"{base_prefix}encoder.layer.{i}.{name}"] = (f"layers/{i + 1:02d}/{path}", kind)
+    modules[f"{base_prefix}pooler.dense"] = ("pooler/dense", _LINEAR)
+    for name, path in _MLM[_PREFIX[config.family]].items():
+        if path is None:
+            yield f"{name}.bias", "mlm/bias"
+            yield f"{name}.decoder.weight", "mlm/decoder"
+        else:
+            modules[name] = (f"mlm/{path}", _LINEAR if path == "dense" else _NORM)
+    for name, (path, kind) in modules.items():
+        for suffix, leaf in kind:
+            yield f"{name}.{suffix}", f"{path}/{leaf}"
+
+
+def load_config(path_or_hub_id: str | Path) -> EncoderConfig:
+    """The shape of the model in a folder or on the Hub.
+
+    Raises:
+      InputError: no such model, no readable config.json, or an architecture other than BERT, RoBERTa and XLM-R.
+    """
+    return _read_config(find_model(path_or_hub_id))
+
+
+def _read_config(folder: Path) -> EncoderConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: not a model folder, it has no config.json")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        family = values.get("model_type")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise InputError(f"{file}: not a JSON object: {error}") from None
+    if family not in _FAMILIES:
+        raise InputError(f"{file}: unsupported architecture {family!r} (model_type); supported: {', '.join(_FAMILIES)}")
+    fields = {}
+    for name, (field, default) in _CONFIG_FIELDS.items():
+        default = default[family] if isinstance(default, dict) else default
+        if name not in values and default is None and not name.endswith("_token_id"):
+            raise InputError(f"{file}: missing {name!r}")
+        fields[field] = values.get(name, default)
+    if fields["activation"] not in ("gelu", "gelu_new", "relu"):
+        raise InputError(f"{file}: hidden_act {fields['activation']!r} is not supported; supported: gelu, gelu_new, relu")
+    if values.get("position_embedding_type", "absolute") != "absolute":
+        raise InputError(f"{file}: position_embedding_type {values['position_embedding_type']!r} is not supported; only absolute is")
+    if values.get("is_decoder"):
+        raise InputError(f"{file}: is_decoder is set; only encoders are supported")
+    if fields["hidden_size"] % fields["num_heads"]:
+        raise InputError(f"{file}: hidden_size {fields['hidden_size']} does not divide into {fields['num_heads']} heads")
+    return EncoderConfig(family=family, **fields)
+
+
+def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
+    """Config and parameters (float32 arrays on the host) of a model folder or Hub id; reads safetensors only.
+
+    The parameters hold "pooler" and "mlm" where the file has them; "mlm" has its own "decoder" only when it is not tied.
+
+    Raises:
+      InputError: no such model, weights as pickle, a damaged file, a tensor missing, left over or of another shape.
+    """
+    folder = find_model(path_or_hub_id)
+    config = _read_config(folder)
+    tensors = {_modern_name(name): value for name, value in _read_tensors(folder).items() if not _IGNORED.fullmatch(name)}
+    prefix = f"{_PREFIX[config.family]}."
+    base_prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
+    names = dict(weight_names(config, base_prefix=base_prefix))
+    _drop_tied_decoder(tensors, names, folder)
+    unknown = sorted(set(tensors) - set(names))
+    if unknown:
+        raise InputError(f"{folder}: {len(unknown)} weights have no place in a {config.family} encoder or MLM head, e.g. {unknown[0]}")
+    present = {path.split("/")[0] for name, path in names.items() if name in tensors} | {"embeddings", "layers"}
+    missing = [name for name, path in names.items() if path.split("/")[0] in present and name not in tensors and path != "mlm/decoder"]
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} weights are missing, e.g. {missing[0]}")
+    params: dict = {}
+    expected = _shapes(config)
+    for name, value in tensors.items():
+        path = names[name]
+        value = value.T if path.endswith("kernel") or path == "mlm/decoder" else value
+        if value.shape != expected(path):
+            raise InputError(f"{folder}: {name} has shape {value.shape}, config.json asks for {expected(path)}")
+        node = params
+        *parents, leaf = path.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = np.ascontiguousarray(value, np.float32)
+    return config, params
+
+
+def _modern_name(name: str) -> str:
+    """TensorFlow-born checkpoints call a norm's weight and bias gamma and beta."""
+    return re.sub(r"(LayerNorm|layer_norm)\.(gamma|beta)$", lambda m: f"{m[1]}.{'weight' if m[2] == 'gamma' else 'bias'}", name)
+
+
+def _drop_tied_decoder(tensors: dict, names: dict, folder: Path) -> None:
+    """A decoder that repeats the word embeddings (and bias) is the tied one, written twice."""
+    word = next(name for name, path in names.items() if path == "embeddings/word/embedding")
+    decoder = next(name for name, path in names.items() if path == "mlm/decoder")
+    bias = next(name for name, path in names.items() if path == "mlm/bias")
+    second_bias = decoder.removesuffix("weight") + "bias"
+    if decoder in tensors and word in tensors and np.array_equal(tensors[decoder], tensors[word]):
+        del tensors[decoder]
+    if second_bias in tensors:
+        if bias in tensors and not np.array_equal(tensors[second_bias], tensors[bias]):
+            raise InputError(f"{folder}: {second_bias} and {bias} differ; one bias is expected")
+        tensors[bias] = tensors.pop(second_bias)
+
+
+def _shapes(config: EncoderConfig):
+    width, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    special = {
+        "embeddings/word/embedding": (vocab, width),
+        "embeddings/position/embedding": (config.max_position_embeddings, width),
+        "embeddings/token_type/embedding": (config.type_vocab_size, width),
+        "mlm/bias": (vocab,),
+        "mlm/decoder": (width, vocab),
+    }
+
+    def shape(path: str) -> tuple[int, ...]:
+        if path in special:
+            return special[path]
+        *_, module, leaf = path.split("/")
+        if leaf != "kernel":
+            return (inner,) if module == "intermediate" else (width,)
+        return {"intermediate": (width, inner), "output": (inner, width)}.get(module, (width, width))
+
+    return shape
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
+            raise InputError(f"{index}: not an index of safetensors files (no weight_map)") from None
+        if any(Path(shard).name != shard for shard in shards):
+            raise InputError(f"{index}: names a file outside its folder")
+    elif (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    else:
+        raise InputError(_no_weights(folder))
+    tensors = {}
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise InputError(f"{folder / shard}: missing; {index.name} names it")
+        try:
+            with safe_open(folder / shard, "numpy") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / shard}: damaged or truncated safetensors file ({error}); fetch it again") from None
+    return tensors
+
+
+def _no_weights(folder: Path) -> str:
+    for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "tf_model.h5", "flax_model.msgpack"):
+        if (folder / pickled).is_file():
+            return (
+                f"{folder}: weights are in {pickled}, which is not read (a pickle can run code); convert once, in an environment with torch: "
+                f"AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(new_folder) writes model.safetensors (AutoModel without an MLM head)"
+            )
+    return f"{folder}: no model.safetensors (nor an index of shards)"
+
+
+def save_pretrained(folder: Path, config: EncoderConfig, params: dict, *, mlm: bool = False, dtype: str = "float32") -> None:
+    """Write config.json and model.safetensors that transformers loads without a missing or unexpected key.
+
+    A base model goes with its pooler if `params` has one (load it with `add_pooling_layer=False` if not); with `mlm` the
+    folder is one for AutoModelForMaskedLM, without pooler.
+
+    Raises:
+      ValueError: `mlm` without an MLM head in the parameters.
+    """
+    if mlm and "mlm" not in params:
+        raise ValueError("an MLM folder needs the parameters of an MLM head")
+    tensors = {}
+    for name, path in weight_names(config, base_prefix=f"{_PREFIX[config.family]}." if mlm else ""):
+        if path.startswith("pooler/") if mlm else path.startswith("mlm/"):
+            continue
+        node = params
+        for key in path.split("/"):
+            node = node.get(key) if isinstance(node, dict) else None
+        if node is None:
+            if path.startswith("pooler/") or path == "mlm/decoder":
+                continue
+            raise ValueError(f"the parameters lack {path}")
+        value = np.asarray(node)
+        value = value.T if path.endswith("kernel") or path == "mlm/decoder" else value
+        tensors[name] = np.ascontiguousarray(value.astype(_DTYPES[dtype]))
+        if path == "mlm/bias" and "decoder" in params["mlm"]:
+            tensors[name.removesuffix("bias") + "decoder.bias"] = tensors[name].copy()
+    family = _FAMILIES[config.family]
+    values = {"architectures": [f"{family}{'ForMaskedLM' if mlm else 'Model'}"], "model_type": config.family, "dtype": dtype}
+    values |= {name: getattr(config, field) for name, (field, _) in _CONFIG_FIELDS.items()}
+    values |= {"position_embedding_type": "absolute", "tie_word_embeddings": "decoder" not in params.get("mlm", {})}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
