@@ -18,6 +18,7 @@ from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.dropout import DropoutKeys
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import MLMHead, Pooler
+from jaxdistill.models.hub import find_model, weights_sha256
 from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained
 from jaxdistill.shapes import Array, Float, Int, Key, Num
 
@@ -25,6 +26,7 @@ __all__ = [
     "DropoutKeys",
     "EncoderConfig",
     "encode",
+    "find_model",
     "forward",
     "init_params",
     "layer_name",
@@ -32,6 +34,7 @@ __all__ = [
     "load_pretrained",
     "mlm_logits",
     "save_pretrained",
+    "weights_sha256",
 ]
 
 Params = dict

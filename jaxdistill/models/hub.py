@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -47,3 +48,12 @@ def _fetch(name: str) -> Path:
             f"{name}: no such folder here, and the Hub could not be reached{offline}: {type(error).__name__}; "
             f"check the network, or give the folder of a downloaded model"
         ) from None
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the weights in a model folder: the same wherever the folder lies."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("model*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

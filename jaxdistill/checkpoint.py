@@ -1,0 +1,155 @@
+"""Checkpoints (Orbax, asynchronous), and what a run folder that exists already means."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxdistill.config import Config
+from jaxdistill.config import load_config as read_config
+from jaxdistill.errors import InputError
+from jaxdistill.train_step import StudentState, TrainState
+
+# Files of a run folder. Anything else in it means that the folder is not ours to write.
+RUN_FILES = frozenset(
+    "config.yaml checkpoints metrics.jsonl metrics.jsonl.tmp tensorboard wandb wandb_id loss.png summary.md export tokens".split()
+)
+# Fields that may change between the parts of a run: they change neither the batches nor, beyond rounding, the numbers.
+# The weights of the teacher and the text are compared by content, so both may move.
+FREE_FIELDS = frozenset(
+    "output teacher mesh export data.store data.tokenizer data.sources.*.path training.micro_batches training.log_every "
+    "training.evaluate_every training.evaluate_rows training.checkpoint_every training.keep_checkpoints training.tensorboard "
+    "training.wandb".split()
+)
+
+
+def claim_output(config: Config, *, overwrite: bool) -> bool:
+    """Make the output folder ours; True if it holds a run of this config to go on with.
+
+    1. Nothing there (or a token store alone): a new run.
+    2. A run, and `overwrite`: its files are removed, the token store kept; a new run.
+    3. A run of a config that agrees in all that its numbers depend on: go on from its newest checkpoint, or from the
+       start if there is none yet. A finished run is one whose newest checkpoint is its last step.
+    4. Anything else is refused.
+
+    Raises:
+      InputError: other files in the folder, or a field that breaks continuity, by its name.
+    """
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output: {folder} is a file; give a folder")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if foreign := sorted(name for name in there - RUN_FILES if not name.startswith(".")):
+        raise InputError(f"output: {folder} exists and is not the folder of a run (it holds {foreign[0]}); give a new folder")
+    if "config.yaml" in there and not overwrite:
+        _check_continuity(read_config(folder), config, folder)
+        return True
+    if there - {"tokens"} and not overwrite:
+        raise InputError(f"output: {folder} holds parts of a run but no config.yaml; give a new folder, or --overwrite")
+    for name in there - {"tokens"}:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".config.yaml.tmp"
+    temporary.write_text(config.to_yaml(), encoding="utf-8")
+    temporary.replace(folder / "config.yaml")
+    return False
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{path}.{i}").items()}
+    return {path: value}
+
+
+def _is_free(path: str) -> bool:
+    parts = ["*" if part.isdigit() else part for part in path.split(".")]
+    return any(".".join(parts[:n]) in FREE_FIELDS for n in range(1, len(parts) + 1))
+
+
+def _check_continuity(saved: Config, config: Config, folder: Path) -> None:
+    before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    for path in [*before, *(path for path in now if path not in before)]:
+        if before.get(path) != now.get(path) and not _is_free(path):
+            raise InputError(
+                f"{path}: the run in {folder} has {before.get(path)!r}, this config {now.get(path)!r}; "
+                f"going on would be another run: give a new output folder, or --overwrite"
+            )
+
+
+def package_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")}
+
+
+def _tree(state: TrainState) -> dict:
+    students = {name: {"trained": s.trained, "optimizer": s.optimizer} for name, s in state.students.items()}
+    return {"step": state.step, "students": students}
+
+
+class Checkpoints:
+    """The checkpoints of a run, RUN/checkpoints/<step>: the train state, and a JSON record beside it. A context manager."""
+
+    def __init__(self, folder: Path, *, keep: int | None = None):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines for every save
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "record"))
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
+        """Returns when the arrays are copied; they are written meanwhile. `record` is JSON."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_tree(state)), record=ocp.args.JsonSave(record))
+        self._manager.save(step, args=args)
+
+    def record(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step onto the shardings of `like` (ShapeDtypeStructs), whatever devices wrote it.
+
+        Raises:
+          InputError: the checkpoint holds other arrays or shapes than the config describes.
+        """
+        target = _tree(like)
+        self._check_shapes(step, target)
+        tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        return TrainState(tree["step"], {name: StudentState(s["trained"], s["optimizer"]) for name, s in tree["students"].items()})
+
+    def _check_shapes(self, step: int, target: dict) -> None:
+        # Orbax would raise for this too, after 16,000 lines on stderr.
+        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        wanted = _shapes(target)
+        for path in sorted(saved.keys() | wanted.keys()):
+            if saved.get(path) != wanted.get(path):
+                raise InputError(
+                    f"checkpoint {step}: {path} is {saved.get(path, 'missing')}, the config asks for {wanted.get(path, 'nothing')}"
+                )
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    def part(key) -> str:
+        return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
+
+    return {"/".join(map(part, path)): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+

@@ -1,0 +1,25 @@
+"""Text to batches: tokenizer, sources, the token store and its reader."""
+
+from jaxdistill.data.order import RowOrder
+from jaxdistill.data.prepare import prepare
+from jaxdistill.data.reader import Batch, TokenStore, batches, held_out_rows
+from jaxdistill.data.rows import pack_documents
+from jaxdistill.data.sources import DocumentCounts, read_documents, source_fingerprint
+from jaxdistill.data.tokenizer import TextTokenizer, check_tokenizer, load_tokenizer, save_tokenizer
+
+__all__ = [
+    "Batch",
+    "DocumentCounts",
+    "RowOrder",
+    "TextTokenizer",
+    "TokenStore",
+    "batches",
+    "check_tokenizer",
+    "held_out_rows",
+    "load_tokenizer",
+    "pack_documents",
+    "prepare",
+    "read_documents",
+    "save_tokenizer",
+    "source_fingerprint",
+]
