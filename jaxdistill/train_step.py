@@ -150,11 +150,15 @@ def _accumulate(losses, gradient, trained, batch: Batch, rows):
 def _update(students: Sequence[Student], state: TrainState, gradients: dict, parts: dict) -> tuple[TrainState, dict]:
     updated, metrics = {}, {}
     for student in students:
-        old = state.students[student.name]
-        norm = optax.global_norm(gradients[student.name])
+        own = gradients[student.name]
+        norm = optax.global_norm(own)
         finite = jnp.isfinite(norm)
-        updates, optimizer = student.optimizer.update(gradients[student.name], old.optimizer, old.trained)
-        new = StudentState(optax.apply_updates(old.trained, updates), optimizer)
-        updated[student.name] = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)  # noqa: B023
+
+        def step(old: StudentState, own=own, optimizer=student.optimizer) -> StudentState:
+            updates, new = optimizer.update(own, old.optimizer, old.trained)
+            return StudentState(optax.apply_updates(old.trained, updates), new)
+
+        # A branch, not a selection between results: what is kept is not copied.
+        updated[student.name] = jax.lax.cond(finite, step, lambda old: old, state.students[student.name])
         metrics[student.name] = {"parts": parts[student.name], "gradient_norm": norm, "skipped": (~finite).astype(jnp.int32)}
     return TrainState(state.step + 1, updated), metrics
