@@ -13,7 +13,10 @@ import orbax.checkpoint as ocp
 
 from jaxdistill.config import Config
 from jaxdistill.config import load_config as read_config
+from jaxdistill.data import TokenStore
 from jaxdistill.errors import InputError
+from jaxdistill.models import weights_sha256
+from jaxdistill.resolve import Run
 from jaxdistill.train_step import StudentState, TrainState
 
 # Files of a run folder. Anything else in it means that the folder is not ours to write.
@@ -27,6 +30,8 @@ FREE_FIELDS = frozenset(
     "training.evaluate_every training.evaluate_rows training.checkpoint_every training.keep_checkpoints training.tensorboard "
     "training.wandb".split()
 )
+
+_PACKAGES = ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
 def claim_output(config: Config, *, overwrite: bool) -> bool:
@@ -85,8 +90,28 @@ def _check_continuity(saved: Config, config: Config, folder: Path) -> None:
             )
 
 
-def package_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")}
+def run_identity(run: Run, store: TokenStore) -> dict[str, str]:
+    """Hashes of what a run learns from, wherever it lies."""
+    return {"teacher": weights_sha256(run.teacher_folder), "data": store.fingerprint}
+
+
+def check_identity(run: Run, saved: dict[str, str], now: dict[str, str]) -> None:
+    """Raises InputError when the teacher's weights or the text are not those that the run began with."""
+    for field, what in (("teacher", "the weights of the teacher"), ("data", "the text or its tokenizer")):
+        if saved[field] != now[field]:
+            raise InputError(f"{field}: {what} changed since the run in {run.output} began; give a new output folder, or --overwrite")
+
+
+def run_record(run: Run, identity: dict[str, str], step: int, tokens: int) -> dict[str, Any]:
+    """What lies beside the state in a checkpoint. The data position is the step: a batch is a function of (seed, step)."""
+    return {
+        "step": step,
+        "tokens": tokens,
+        "identity": identity,
+        "config": run.config.model_dump(mode="json"),
+        "layer_map": run.layer_map,
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
 
 
 def _tree(state: TrainState) -> dict:
@@ -100,7 +125,8 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int | None = None):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines for every save
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_names=("state", "record"))
+        handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
-from jaxdistill.config import Config
+import jax
+import numpy as np
+
+from jaxdistill.checkpoint import Checkpoints
+from jaxdistill.config import ExportConfig, MeshConfig, load_config
 from jaxdistill.data import save_tokenizer
-from jaxdistill.models import EncoderConfig, save_pretrained
+from jaxdistill.errors import InputError, nearest
+from jaxdistill.models import EncoderConfig, load_pretrained, save_pretrained
+from jaxdistill.resolve import Run, resolve
+from jaxdistill.sharding import create_mesh
+from jaxdistill.state import abstract_state
+from jaxdistill.students import export_pooler, student_key
 
 
 def export_student(
@@ -31,11 +43,31 @@ def export_student(
     return folder
 
 
-def model_card(name: str, run: Config, student: EncoderConfig, *, steps: int, tokens: int, layer_map: dict) -> str:
+def export_run(run: Run, params: dict[str, dict], teacher_params: dict) -> dict[str, Path]:
+    """RUN/export/<student> for every student; the main process writes."""
+    folders = {student.name: run.output / "export" / student.name for student in run.students}
+    if jax.process_index() == 0:
+        for name, folder in folders.items():
+            export_run_student(run, name, params[name], teacher_params, folder, dtype=run.config.export.dtype)
+    return folders
+
+
+def export_run_student(run: Run, name: str, params: dict, teacher_params: dict, folder: Path, *, dtype: str) -> Path:
+    """The folder of one student of a run: its encoder and a pooler, no projections and nothing else of the teacher."""
+    config = next(student.config for student in run.students if student.name == name)
+    pooler = export_pooler(config, student_key(run.config.training.seed, name), run.teacher, teacher_params)
+    # The dropout of the distillation is no advice for a fine-tuning: the file has the teacher's rates.
+    config = dataclasses.replace(config, hidden_dropout=run.teacher.hidden_dropout, attention_dropout=run.teacher.attention_dropout)
+    card = model_card(name, run, config)
+    return export_student(folder, config, params | {"pooler": pooler}, tokenizer=run.tokenizer_source, dtype=dtype, card=card)
+
+
+def model_card(name: str, run: Run, student: EncoderConfig) -> str:
     """What a reader needs to know of a student, in the Hub's format."""
-    teacher = Path(run.teacher).name if Path(run.teacher).is_absolute() else run.teacher
-    sources = ", ".join(Path(source.path).name if source.path else str(source.dataset) for source in run.data.sources)
-    maps = "; ".join(f"{term}: {', '.join(f'{s} <- {t}' for s, t in pairs)}" for term, pairs in layer_map.items())
+    config, training = run.config, run.config.training
+    teacher = Path(config.teacher).name if Path(config.teacher).is_absolute() else config.teacher
+    sources = ", ".join(Path(source.path).name if source.path else str(source.dataset) for source in config.data.sources)
+    maps = "; ".join(f"{term}: {', '.join(f'{s} <- {t}' for s, t in pairs)}" for term, pairs in run.layer_map[name].items())
     return f"""---
 library_name: transformers
 tags: [distillation, jaxdistill]
@@ -43,19 +75,53 @@ tags: [distillation, jaxdistill]
 # {name}
 
 A {student.family} encoder of {student.num_layers} layers x {student.hidden_size} ({student.num_heads} heads, feed-forward
-{student.intermediate_size}), distilled with [jaxdistill](https://github.com/jaxdistill/jaxdistill) from `{teacher}`.
+{student.intermediate_size}), distilled with jaxdistill from `{teacher}`.
 
 | | |
 |---|---|
 | teacher | {teacher} |
 | text | {sources} |
-| tokens | {tokens:,} in {steps:,} steps of {run.training.batch_size} x {run.data.sequence_length} |
+| training | {training.steps:,} steps of {training.batch_size} x {config.data.sequence_length} tokens |
 | objective (student layer <- teacher layer) | {maps} |
 
 ```python
 from transformers import AutoModel, AutoTokenizer
-model, tokenizer = AutoModel.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+
+model = AutoModel.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-It is an encoder to fine-tune. Its pooler was not trained by the distillation.
+An encoder to fine-tune. The distillation did not train its pooler.
 """
+
+
+def export_checkpoint(
+    folder: Path, *, student: str | None, step: int | None, dtype: str, to: Path | None, overwrite: bool
+) -> Iterator[Path]:
+    """Export students of a run from one of its checkpoints; yields the folders as they are written.
+
+    Raises:
+      InputError: no run, no such student, step or dtype, or a folder that is there and `overwrite` is not given.
+    """
+    if dtype not in get_args(ExportConfig.model_fields["dtype"].annotation):
+        raise InputError(f"--dtype: {dtype!r} is not one of float32, float16, bfloat16")
+    run = resolve(load_config(folder, [f"output={folder.absolute()}", "mesh={}"]), num_devices=1)
+    names = [s.name for s in run.students]
+    if student is not None and student not in names:
+        raise InputError(f"--student: {folder} has no student {student!r}{nearest(student, names)}")
+    wanted = [student] if student else names
+    targets = {name: (to or folder / "export") / name for name in wanted}
+    for target in targets.values():
+        if target.exists() and not overwrite:
+            raise InputError(f"{target} exists; give another folder with --to, or --overwrite")
+    if not (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder}: no checkpoint yet; `jaxdistill distill {folder}` goes on with the run")
+    _, teacher_params = load_pretrained(run.teacher_folder)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        steps = checkpoints.steps()
+        if not steps or (step is not None and step not in steps):
+            raise InputError(f"--step: {folder} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}, not {step or 'any'}")
+        state = checkpoints.restore(step or steps[-1], abstract_state(run, teacher_params, create_mesh(MeshConfig(), jax.devices()[:1])))
+    for name, target in targets.items():
+        params = jax.tree.map(np.asarray, state.students[name].trained["params"])
+        yield export_run_student(run, name, params, teacher_params, target, dtype=dtype)

@@ -10,12 +10,12 @@ from jaxdistill.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int):
-    """Schedule: update number (0, 1, ...) -> learning rate. Linear warmup, whose first update is not lost to a rate of 0."""
+    """Schedule: update number (0, 1, ...) -> learning rate. Neither the first nor the last update is lost to a rate of 0."""
     warmup = max(round(config.warmup * steps), 1)
 
     def rate(count):
         done = jnp.asarray(count, jnp.float32) + 1.0
-        progress = jnp.clip((done - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        progress = jnp.clip((done - warmup) / (steps - warmup + 1), 0.0, 1.0)
         decayed = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress))}
         return config.learning_rate * jnp.minimum(done / warmup, decayed[config.schedule])
 

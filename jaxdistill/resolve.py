@@ -52,8 +52,8 @@ class Run:
         return {s.name: {term.name: [list(pair) for pair in term.pairs] for term in s.terms} for s in self.students}
 
 
-def resolve(config: Config) -> Run:
-    """Check a config against its teacher, its tokenizer and the devices here.
+def resolve(config: Config, *, num_devices: int | None = None) -> Run:
+    """Check a config against its teacher, its tokenizer and the devices (default: those here).
 
     Raises:
       InputError: one line that names the field and what would be right.
@@ -69,7 +69,7 @@ def resolve(config: Config) -> Run:
             f"data.sequence_length: {config.data.sequence_length} is over the {teacher.max_sequence_length} positions of the teacher"
         )
     config = _settled(config, teacher_folder)
-    mesh = mesh_shape(config.mesh, jax.device_count())
+    mesh = mesh_shape(config.mesh, num_devices or jax.device_count())
     _check_batch(config, mesh)
     students, copied, warnings = [], {}, []
     for name, student in config.students.items():

@@ -102,8 +102,8 @@ def train_step(
       batch: input_ids and segment_ids [A, B, S], A micro-batches of B rows; the result does not depend on A.
 
     Returns:
-      The next state, and metrics: student -> {"parts": part -> (sum, count), "gradient_norm", "skipped"}; skipped is 1
-      when the gradient was not finite and the student kept its parameters.
+      The next state, and {"tokens": real tokens, "students": student -> {"parts": part -> (sum, count), "gradient_norm",
+      "skipped"}}; skipped is 1 when the gradient was not finite and the student kept its parameters.
     """
     num_micro, num_rows, _ = batch["input_ids"].shape
     rows = jnp.arange(num_micro * num_rows, dtype=jnp.uint32).reshape(num_micro, num_rows)
@@ -126,7 +126,8 @@ def train_step(
         gradients, parts = gradient(trained, None, *jax.tree.map(lambda x: x[0], (batch, rows)))
     else:
         gradients, parts = _accumulate(losses, gradient, trained, batch, rows)
-    return _update(students, state, gradients, parts)
+    state, metrics = _update(students, state, gradients, parts)
+    return state, {"tokens": jnp.sum(batch["segment_ids"] > 0), "students": metrics}
 
 
 def _accumulate(losses, gradient, trained, batch: Batch, rows):

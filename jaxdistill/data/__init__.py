@@ -1,7 +1,7 @@
 """Text to batches: tokenizer, sources, the token store and its reader."""
 
 from jaxdistill.data.order import RowOrder
-from jaxdistill.data.prepare import prepare
+from jaxdistill.data.prepare import is_held_out, prepare
 from jaxdistill.data.reader import Batch, TokenStore, batches, held_out_rows
 from jaxdistill.data.rows import pack_documents
 from jaxdistill.data.sources import DocumentCounts, read_documents, source_fingerprint
@@ -16,6 +16,7 @@ __all__ = [
     "batches",
     "check_tokenizer",
     "held_out_rows",
+    "is_held_out",
     "load_tokenizer",
     "pack_documents",
     "prepare",

@@ -33,6 +33,7 @@ __all__ = [
     "load_config",
     "load_pretrained",
     "mlm_logits",
+    "num_parameters",
     "save_pretrained",
     "weights_sha256",
 ]
@@ -56,11 +57,16 @@ def init_params(config: EncoderConfig, key: Key[Array, ""], *, pooler: bool = Fa
     """Random float32 parameters (kernels and embeddings truncated normal, biases zero). Pure: call it under `jax.jit`."""
 
     def init(kind, i):
-        module = kind(config, jnp.float32, rngs=nnx.Rngs(params=jax.random.fold_in(key, i)))
+        module = kind(config, jnp.dtype("float32"), rngs=nnx.Rngs(params=jax.random.fold_in(key, i)))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     heads = {"pooler": (Pooler, pooler), "mlm": (MLMHead, mlm)}
     return init(Encoder, 0) | {name: init(kind, i) for i, (name, (kind, wanted)) in enumerate(heads.items(), 1) if wanted}
+
+
+def num_parameters(config: EncoderConfig) -> int:
+    """Parameters of the encoder, as the papers count them: embeddings and blocks, without pooler and heads."""
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))))
 
 
 def forward(

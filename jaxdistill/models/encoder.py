@@ -61,7 +61,7 @@ class Embeddings(nnx.Module):
     def __call__(self, input_ids, token_type_ids, segment_ids, dropout: DropoutKeys | None):
         x = self.word(input_ids) + self.position(position_ids(self.config, input_ids, segment_ids))
         if token_type_ids is None:
-            x = x + self.token_type.embedding[0].astype(self.dtype)
+            x = x + self.token_type.embedding[None, :1].astype(self.dtype)
         else:
             x = x + self.token_type(token_type_ids)
         x = self.norm(x).astype(self.dtype)

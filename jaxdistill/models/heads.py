@@ -34,4 +34,5 @@ class MLMHead(nnx.Module):
         activation = ACTIVATIONS[self.config.activation] if self.config.family == "bert" else ACTIVATIONS["gelu"]
         x = self.norm(activation(self.dense(hidden))).astype(self.dtype)
         kernel = self.decoder[...] if hasattr(self, "decoder") else word_embedding.T
-        return jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32) + self.bias[...]
+        logits = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits + jnp.broadcast_to(self.bias[...], logits.shape)

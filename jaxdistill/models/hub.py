@@ -38,6 +38,8 @@ def _fetch(name: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
+    except errors.HFValidationError:
+        raise InputError(f"{name}: no such model folder, and the Hub has no such names") from None
     except errors.GatedRepoError:
         raise InputError(f"{name}: a gated model of the Hub; accept its terms there and log in with `hf auth login`") from None
     except errors.RepositoryNotFoundError:

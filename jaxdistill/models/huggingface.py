@@ -102,14 +102,14 @@ def _read_config(folder: Path) -> EncoderConfig:
         family = values.get("model_type")
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise InputError(f"{file}: not a JSON object: {error}") from None
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise InputError(f"{file}: unsupported architecture {family!r} (model_type); supported: {', '.join(_FAMILIES)}")
     fields = {}
     for name, (field, default) in _CONFIG_FIELDS.items():
         default = default[family] if isinstance(default, dict) else default
         if name not in values and default is None and not name.endswith("_token_id"):
             raise InputError(f"{file}: missing {name!r}")
-        fields[field] = values.get(name, default)
+        fields[field] = _checked(values.get(name, default), name, file)
     if fields["activation"] not in ("gelu", "gelu_new", "relu"):
         raise InputError(f"{file}: hidden_act {fields['activation']!r} is not supported; supported: gelu, gelu_new, relu")
     if values.get("position_embedding_type", "absolute") != "absolute":
@@ -119,6 +119,22 @@ def _read_config(folder: Path) -> EncoderConfig:
     if fields["hidden_size"] % fields["num_heads"]:
         raise InputError(f"{file}: hidden_size {fields['hidden_size']} does not divide into {fields['num_heads']} heads")
     return EncoderConfig(family=family, **fields)
+
+
+def _checked(value, name: str, file: Path):
+    """The value of a field of config.json if it is of the field's kind."""
+    if name == "hidden_act":  # its names are checked where they are known
+        return value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name.endswith("_token_id"):
+        good, kind = (value is None and name != "pad_token_id") or (isinstance(value, int) and value >= 0), "a token's number"
+    elif name.endswith(("_eps", "_range", "_prob")):
+        good, kind = is_number and value >= 0, "a number"
+    else:
+        good, kind = is_number and isinstance(value, int) and value >= 1, "a whole number of at least 1"
+    if not good:
+        raise InputError(f"{file}: {name} is {value!r}, not {kind}")
+    return value
 
 
 def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
@@ -135,7 +151,7 @@ def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
     prefix = f"{_PREFIX[config.family]}."
     base_prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
     names = dict(weight_names(config, base_prefix=base_prefix))
-    _drop_tied_decoder(tensors, names, folder)
+    _drop_tied_decoder(tensors, names)
     unknown = sorted(set(tensors) - set(names))
     if unknown:
         raise InputError(f"{folder}: {len(unknown)} weights have no place in a {config.family} encoder or MLM head, e.g. {unknown[0]}")
@@ -147,14 +163,15 @@ def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
     expected = _shapes(config)
     for name, value in tensors.items():
         path = names[name]
-        value = value.T if path.endswith("kernel") or path == "mlm/decoder" else value
-        if value.shape != expected(path):
-            raise InputError(f"{folder}: {name} has shape {value.shape}, config.json asks for {expected(path)}")
+        transposed = path.endswith("kernel") or path == "mlm/decoder"
+        shape = expected(path)[::-1] if transposed else expected(path)
+        if value.shape != shape:
+            raise InputError(f"{folder}: {name} has shape {value.shape}, config.json asks for {shape}")
         node = params
         *parents, leaf = path.split("/")
         for key in parents:
             node = node.setdefault(key, {})
-        node[leaf] = np.ascontiguousarray(value, np.float32)
+        node[leaf] = np.ascontiguousarray(value.T if transposed else value, np.float32)
     return config, params
 
 
@@ -163,18 +180,15 @@ def _modern_name(name: str) -> str:
     return re.sub(r"(LayerNorm|layer_norm)\.(gamma|beta)$", lambda m: f"{m[1]}.{'weight' if m[2] == 'gamma' else 'bias'}", name)
 
 
-def _drop_tied_decoder(tensors: dict, names: dict, folder: Path) -> None:
-    """A decoder that repeats the word embeddings (and bias) is the tied one, written twice."""
-    word = next(name for name, path in names.items() if path == "embeddings/word/embedding")
-    decoder = next(name for name, path in names.items() if path == "mlm/decoder")
-    bias = next(name for name, path in names.items() if path == "mlm/bias")
-    second_bias = decoder.removesuffix("weight") + "bias"
+def _drop_tied_decoder(tensors: dict, names: dict) -> None:
+    """A decoder that repeats the word embeddings is the tied one, written twice; a decoder's own bias is the one that counts."""
+    names = {path: name for name, path in names.items()}
+    word, decoder, bias = (names[path] for path in ("embeddings/word/embedding", "mlm/decoder", "mlm/bias"))
     if decoder in tensors and word in tensors and np.array_equal(tensors[decoder], tensors[word]):
         del tensors[decoder]
-    if second_bias in tensors:
-        if bias in tensors and not np.array_equal(tensors[second_bias], tensors[bias]):
-            raise InputError(f"{folder}: {second_bias} and {bias} differ; one bias is expected")
-        tensors[bias] = tensors.pop(second_bias)
+    decoder_bias = decoder.removesuffix("weight") + "bias"
+    if decoder_bias in tensors:  # where the two differ (untied), transformers adds this one and leaves the other unused
+        tensors[bias] = tensors.pop(decoder_bias)
 
 
 def _shapes(config: EncoderConfig):
@@ -203,9 +217,10 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
-            raise InputError(f"{index}: not an index of safetensors files (no weight_map)") from None
-        if any(Path(shard).name != shard for shard in shards):
+            outside = any(Path(shard).name != shard for shard in shards)
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise InputError(f"{index}: not an index of safetensors files (no weight_map from weights to file names)") from None
+        if outside:
             raise InputError(f"{index}: names a file outside its folder")
     elif (folder / "model.safetensors").is_file():
         shards = ["model.safetensors"]

@@ -1,0 +1,135 @@
+"""The command line. Heavy imports are inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxdistill.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config, or the folder of a run")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="fields to change, as in training.steps=1000")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="start anew in an output folder that holds a run")]
+
+
+def _config(config: str, overrides: list[str] | None):
+    from jaxdistill.config import load_config
+
+    overrides = list(overrides or [])
+    # A run folder may have moved since its config was written.
+    if Path(config).is_dir() and not any(override.startswith("output=") for override in overrides):
+        overrides.append(f"output={Path(config).absolute()}")
+    return load_config(config, overrides)
+
+
+@app.command()
+def quickstart(
+    teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: all-MiniLM-L6-v2")] = None,
+    text: Annotated[str | None, typer.Option(help="text, jsonl or parquet: a file, a folder or a glob; default: the sample that ships")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="depth of the student")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of 32 x 128 tokens")] = 160,
+    output: Annotated[str, typer.Option(help="folder of the run")] = "runs/quickstart",
+    overwrite: Overwrite = False,
+) -> None:
+    """Distil a small student in a few minutes, and show what it keeps."""
+    from jaxdistill.quickstart import run_quickstart
+
+    run_quickstart(teacher=teacher, text=text, layers=layers, steps=steps, output=output, overwrite=overwrite)
+
+
+@app.command()
+def distill(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Distil the students of a config; goes on with a run that was interrupted."""
+    from jaxdistill.distill import distill as run
+
+    run(_config(config, overrides), overwrite=overwrite)
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Make the token store of a config, or find that it is there already."""
+    from jaxdistill.data import prepare as make
+    from jaxdistill.progress import preparing
+    from jaxdistill.report import print_table, summary_table
+    from jaxdistill.resolve import resolve
+
+    run = resolve(_config(config, overrides))
+    with preparing("Preparing text") as progress:
+        store = make(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=progress)
+    columns = ("source", "documents", "held out", "tokens", "rows", "skipped", "invalid UTF-8")
+    rows = []
+    for source in store.manifest["sources"]:
+        counts = [f"{sum(source[what].values()):,}" for what in ("tokens", "rows")]
+        documents = (f"{sum(source['documents'].values()):,}", f"{source['documents']['held_out']:,}")
+        rows.append((source["source"], *documents, *counts, source["skipped"], source["invalid_utf8"]))
+    print_table(summary_table(rows, columns, f"Token store {store.folder}"))
+
+
+@app.command()
+def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
+    """The dry run: the resolved config, parameters, layers, shardings and cost. Reads no text, writes nothing."""
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    from jaxdistill.inspect import inspection
+    from jaxdistill.resolve import resolve
+
+    run = resolve(_config(config, overrides))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(Syntax(run.config.to_yaml(), "yaml", background_color="default"))
+    console.print(inspection(run))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run")],
+    student: Annotated[str | None, typer.Option(help="its name; default: every student")] = None,
+    step: Annotated[int | None, typer.Option(help="checkpoint to take; default: the newest")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    to: Annotated[str | None, typer.Option(help="folder to write <student>/ into; default: RUN/export")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is there")] = False,
+) -> None:
+    """Write students of a run as folders that transformers loads."""
+    from jaxdistill.export import export_checkpoint
+
+    for folder in export_checkpoint(Path(run), student=student, step=step, dtype=dtype, to=to and Path(to), overwrite=overwrite):
+        print(folder)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"jaxdistill {version('jaxdistill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")] = False) -> None:
+    """Make encoders small: distil BERT, RoBERTa or XLM-R into students that load in PyTorch."""
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 the input is wrong (one line on stderr), 130 interrupted, 1 anything else."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of a pipe (head) has gone: nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The whole run on one page: read this file first.
+
+    text -> batch -> teacher features -> every student's losses -> one update each -> checkpoint -> export
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import runtime
+from jaxdistill.batches import evaluation_batches, training_batches
+from jaxdistill.checkpoint import Checkpoints, check_identity, claim_output, run_identity, run_record
+from jaxdistill.config import Config, load_config
+from jaxdistill.data import TokenStore, prepare
+from jaxdistill.export import export_run
+from jaxdistill.features import deepest_layer
+from jaxdistill.metrics import read_history
+from jaxdistill.models import EncoderConfig, layer_name, load_pretrained, num_parameters
+from jaxdistill.progress import Progress, choose_progress, preparing
+from jaxdistill.recorder import Recorder
+from jaxdistill.report import SUMMARY_COLUMNS, markdown_table, plot_losses, print_table, summary_row, summary_table
+from jaxdistill.resolve import Run, resolve
+from jaxdistill.sharding import create_mesh, tree_shardings
+from jaxdistill.state import abstract_state, initial_state
+from jaxdistill.train_step import TrainState, evaluation_step, train_step
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run leaves: each student's encoder config and parameters, the logged records, the folders."""
+
+    students: dict[str, tuple[EncoderConfig, dict]]
+    history: list[dict[str, Any]]
+    exports: dict[str, Path]
+    output: Path
+
+
+def distill(
+    config: Config | Mapping | str | Path | None = None,
+    /,
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    **fields: Any,
+) -> Distilled:
+    """Distil the students of a config; a run that was interrupted goes on from its newest checkpoint.
+
+    Args:
+      config: a YAML file, a run's folder, a dict or a Config; or its fields as keyword arguments.
+      overrides: key=value strings, as on the command line.
+      overwrite: start anew in an output folder that holds a run.
+
+    Raises:
+      InputError: the input is wrong; one line that says what, where and what would be right. Nothing is half-written.
+    """
+    runtime.configure()
+    run = resolve(load_config(config, overrides, **fields))
+    is_main = jax.process_index() == 0
+    goes_on = claim_output(run.config, overwrite=overwrite)
+    with preparing("Preparing text", is_main) as report:
+        store = prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report)
+    _, teacher_params = load_pretrained(run.teacher_folder)
+    mesh = create_mesh(run.config.mesh)
+    with jax.set_mesh(mesh), choose_progress(run.config.training.steps, "Distilling", is_main) as progress:
+        for line in describe(run, goes_on):
+            progress.say(line)
+        state = train(run, store, mesh, teacher_params, progress)
+    params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
+    exports = export_run(run, params, teacher_params)
+    history = read_history(run.output)
+    if is_main:
+        report_run(run, history, exports)
+    return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, history, exports, run.output)
+
+
+def train(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher_params: dict, progress: Progress) -> TrainState:
+    """The loop: from the newest checkpoint, else from the students' first parameters, to the last step."""
+    training, identity = run.config.training, run_identity(run, store)
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(run.output / "checkpoints", keep=training.keep_checkpoints))
+        state, start, tokens = begin(run, checkpoints, identity, mesh, teacher_params)
+        if start == training.steps:
+            progress.say(f"the run is complete: step {start}")
+            return state
+        if start:
+            progress.say(f"going on from step {start}")
+        recorder = stack.enter_context(Recorder(run, start, tokens, progress, jax.process_index() == 0))
+        teacher = place_teacher(run, teacher_params, mesh)
+        evaluate = partial(evaluate_held_out, jax.jit(partial(evaluation_step, run.settings, run.students)), run, store, mesh, teacher)
+        if not start:
+            recorder.evaluated(0, evaluate(state))
+        step_fn = None
+        for step, batch in enumerate(training_batches(run, store, mesh, start), start + 1):
+            step_fn = step_fn or compile_step(run, state, teacher, batch)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, teacher, batch)
+            recorder.add(step, metrics)
+            last, held_out = step == training.steps, None
+            if step % training.evaluate_every == 0 or last:
+                with recorder.paused():
+                    held_out = evaluate(state)
+            if held_out or step % training.log_every == 0 or last:
+                recorder.log(step, held_out)
+            # After the log: going on from a checkpoint drops the records that come after it.
+            if step % training.checkpoint_every == 0 or last:
+                with recorder.paused():
+                    checkpoints.save(step, state, run_record(run, identity, step, recorder.tokens()))
+    return state
+
+
+def begin(
+    run: Run, checkpoints: Checkpoints, identity: dict, mesh: jax.sharding.Mesh, teacher_params: dict
+) -> tuple[TrainState, int, int]:
+    """State, step and tokens seen to start from."""
+    like = abstract_state(run, teacher_params, mesh)
+    step = checkpoints.latest()
+    if step is None:
+        init = jax.jit(partial(initial_state, run), out_shardings=jax.tree.map(lambda x: x.sharding, like))
+        return init(teacher_params), 0, 0
+    record = checkpoints.record(step)
+    check_identity(run, record["identity"], identity)
+    return checkpoints.restore(step, like), step, record["tokens"]
+
+
+def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:
+    """The part of the teacher that the students read, on the devices; its matrices in the dtype of the products."""
+    layers = {layer_name(i): params["layers"][layer_name(i)] for i in range(1, deepest_layer(run.teacher_features) + 1)}
+    needed = {"embeddings": params["embeddings"], "layers": layers}
+    needed = jax.tree.map(lambda x: x.astype(jnp.dtype(run.settings.dtype)) if x.ndim > 1 else x, needed)
+    return jax.device_put(needed, tree_shardings(needed, mesh))
+
+
+def compile_step(run: Run, state: TrainState, teacher: dict, batch: dict):
+    """The one compilation of the train step: what it returns takes these shapes and shardings and no others."""
+    out_shardings = (jax.tree.map(lambda x: x.sharding, state), None)
+    step = jax.jit(partial(train_step, run.settings, run.students), donate_argnums=0, out_shardings=out_shardings)
+    return step.lower(state, teacher, batch).compile()
+
+
+def evaluate_held_out(step, run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher: dict, state: TrainState) -> list[dict]:
+    """(sum, count) of every part of every student's loss, a dict for each batch of held-out rows."""
+    trained = {name: student.trained for name, student in state.students.items()}
+    return [jax.device_get(step(trained, teacher, batch)) for batch in evaluation_batches(run, store, mesh)]
+
+
+def describe(run: Run, goes_on: bool) -> Iterator[str]:
+    """What is about to be done, a line each."""
+    yield from (f"warning: {warning}" for warning in run.warnings)
+    teacher = run.teacher
+    yield f"teacher {run.config.teacher}: {teacher.num_layers} x {teacher.hidden_size}, run to layer {deepest_layer(run.teacher_features)}"
+    for student in run.students:
+        copied = run.copied[student.name]
+        start = f"from teacher layers {', '.join(map(str, copied))}" if copied else "from random parameters"
+        maps = "; ".join(f"{term.name}: layers {' '.join(f'{s}<-{t}' for s, t in term.pairs)}" for term in student.terms)
+        yield f"student {student.name}: {student.config.num_layers} x {student.config.hidden_size} {start}; {maps}"
+    mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.items())
+    yield f"devices: {jax.device_count()} {jax.default_backend()} ({mesh}), {run.settings.dtype}"
+    yield f"output: {run.output}{' (holds this run: going on with it)' if goes_on else ''}"
+
+
+def report_run(run: Run, history: list[dict], exports: dict[str, Path]) -> None:
+    """The loss plot, and the summary table on stdout and as Markdown."""
+    plot_losses(history, run.output / "loss.png", title=f"{run.output.name}: distilled from {Path(run.config.teacher).name}")
+    rows = []
+    for student in run.students:
+        held_out = [record[f"{student.name}/held_out"] for record in history if f"{student.name}/held_out" in record]
+        row = summary_row(
+            student.name,
+            num_layers=student.config.num_layers,
+            hidden_size=student.config.hidden_size,
+            num_parameters=num_parameters(student.config),
+            num_teacher_parameters=num_parameters(run.teacher),
+            held_out=(held_out[0], held_out[-1]) if held_out else (float("nan"), float("nan")),
+            tokens=max((record.get("tokens", 0) for record in history), default=0),
+            export_folder=exports[student.name],
+        )
+        rows.append(row)
+    (run.output / "summary.md").write_text(markdown_table(rows, SUMMARY_COLUMNS), encoding="utf-8")
+    print_table(summary_table(rows, SUMMARY_COLUMNS, title=f"Distilled from {Path(run.config.teacher).name}"))
