@@ -26,7 +26,7 @@ RUN_FILES = frozenset(
 # Fields that may change between the parts of a run: they change neither the batches nor, beyond rounding, the numbers.
 # The weights of the teacher and the text are compared by content, so both may move.
 FREE_FIELDS = frozenset(
-    "output teacher mesh export data.store data.tokenizer data.sources.*.path training.micro_batches training.log_every "
+    "output teacher teacher_name mesh export data.store data.tokenizer data.sources.*.path training.micro_batches training.log_every "
     "training.evaluate_every training.evaluate_rows training.checkpoint_every training.keep_checkpoints training.tensorboard "
     "training.wandb".split()
 )

@@ -11,7 +11,7 @@ import typer
 
 from jaxdistill.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config, or the folder of a run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="fields to change, as in training.steps=1000")]
@@ -33,7 +33,7 @@ def quickstart(
     teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: all-MiniLM-L6-v2")] = None,
     text: Annotated[str | None, typer.Option(help="text, jsonl or parquet: a file, a folder or a glob; default: the sample that ships")] = None,
     layers: Annotated[int, typer.Option(min=1, help="depth of the student")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="training steps of 32 x 128 tokens")] = 160,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of 32 x 128 tokens")] = 120,
     output: Annotated[str, typer.Option(help="folder of the run")] = "runs/quickstart",
     overwrite: Overwrite = False,
 ) -> None:

@@ -174,7 +174,8 @@ STUDENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Config(Section):
     """One run: a teacher, a text and one or more students."""
 
-    teacher: str
+    teacher: str  # folder or Hub id
+    teacher_name: str | None = None  # as cards and tables call it; default: the Hub id or the folder's name
     data: DataConfig
     students: Annotated[dict[str, StudentConfig], Field(min_length=1)]
     objective: Objective = (RelationKL(),)

@@ -156,7 +156,7 @@ def describe(run: Run, goes_on: bool) -> Iterator[str]:
     """What is about to be done, a line each."""
     yield from (f"warning: {warning}" for warning in run.warnings)
     teacher = run.teacher
-    yield f"teacher {run.config.teacher}: {teacher.num_layers} x {teacher.hidden_size}, run to layer {deepest_layer(run.teacher_features)}"
+    yield f"teacher {run.config.teacher_name}: {teacher.num_layers} x {teacher.hidden_size}, run to layer {deepest_layer(run.teacher_features)}"
     for student in run.students:
         copied = run.copied[student.name]
         start = f"from teacher layers {', '.join(map(str, copied))}" if copied else "from random parameters"
@@ -169,7 +169,7 @@ def describe(run: Run, goes_on: bool) -> Iterator[str]:
 
 def report_run(run: Run, history: list[dict], exports: dict[str, Path]) -> None:
     """The loss plot, and the summary table on stdout and as Markdown."""
-    plot_losses(history, run.output / "loss.png", title=f"{run.output.name}: distilled from {Path(run.config.teacher).name}")
+    plot_losses(history, run.output / "loss.png", title=f"{run.output.name}: distilled from {run.config.teacher_name}")
     rows = []
     for student in run.students:
         held_out = [record[f"{student.name}/held_out"] for record in history if f"{student.name}/held_out" in record]
@@ -185,4 +185,4 @@ def report_run(run: Run, history: list[dict], exports: dict[str, Path]) -> None:
         )
         rows.append(row)
     (run.output / "summary.md").write_text(markdown_table(rows, SUMMARY_COLUMNS), encoding="utf-8")
-    print_table(summary_table(rows, SUMMARY_COLUMNS, title=f"Distilled from {Path(run.config.teacher).name}"))
+    print_table(summary_table(rows, SUMMARY_COLUMNS, title=f"Distilled from {run.config.teacher_name}"))

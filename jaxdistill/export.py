@@ -65,7 +65,6 @@ def export_run_student(run: Run, name: str, params: dict, teacher_params: dict, 
 def model_card(name: str, run: Run, student: EncoderConfig) -> str:
     """What a reader needs to know of a student, in the Hub's format."""
     config, training = run.config, run.config.training
-    teacher = Path(config.teacher).name if Path(config.teacher).is_absolute() else config.teacher
     sources = ", ".join(Path(source.path).name if source.path else str(source.dataset) for source in config.data.sources)
     maps = "; ".join(f"{term}: {', '.join(f'{s} <- {t}' for s, t in pairs)}" for term, pairs in run.layer_map[name].items())
     return f"""---
@@ -75,11 +74,11 @@ tags: [distillation, jaxdistill]
 # {name}
 
 A {student.family} encoder of {student.num_layers} layers x {student.hidden_size} ({student.num_heads} heads, feed-forward
-{student.intermediate_size}), distilled with jaxdistill from `{teacher}`.
+{student.intermediate_size}), distilled with jaxdistill from `{config.teacher_name}`.
 
 | | |
 |---|---|
-| teacher | {teacher} |
+| teacher | {config.teacher_name} |
 | text | {sources} |
 | training | {training.steps:,} steps of {training.batch_size} x {config.data.sequence_length} tokens |
 | objective (student layer <- teacher layer) | {maps} |

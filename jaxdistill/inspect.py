@@ -73,15 +73,16 @@ def sharding_table(run: Run) -> Table:
             spec = partition_spec(path, shape, mesh)
             name = "/".join(part for part in path.split("/") if not part.isdigit())
             pieces = _size(tuple(mesh.shape[axis] for axis in spec if axis))
-            groups[name, _show(spec)][0] += 1
-            groups[name, _show(spec)][1] += _size(shape) * 4 / pieces / 1e6
+            groups[name, _show(spec, mesh)][0] += 1
+            groups[name, _show(spec, mesh)][1] += _size(shape) * 4 / pieces / 1e6
         rows += [(student.name, path, spec, count, f"{megabytes:.2f}") for (path, spec), (count, megabytes) in groups.items()]
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.items())
     return summary_table(rows, ("student", "parameter", "split over", "arrays", "MB on a device"), f"Shardings on {shape}")
 
 
-def _show(spec: PartitionSpec) -> str:
-    return "x".join(str(axis) if axis else "-" for axis in spec) if any(spec) else "whole"
+def _show(spec: PartitionSpec, mesh: AbstractMesh) -> str:
+    axes = [axis if axis and mesh.shape[axis] > 1 else "-" for axis in spec]
+    return " x ".join(axes) if set(axes) - {"-"} else "whole"
 
 
 def cost_table(run: Run) -> Table:
@@ -94,5 +95,5 @@ def cost_table(run: Run) -> Table:
     rows = [(name, f"{cost / 1e6:.1f}", f"{cost * tokens / 1e12:.3f}", f"{100 * cost / total:.0f} %") for name, cost in costs]
     rows.append(("all", f"{total / 1e6:.1f}", f"{total * tokens / 1e12:.3f}", "100 %"))
     steps = config.training.steps
-    whole = f"{tokens:,} tokens a step, {tokens * steps:,} in {steps:,} steps: {total * tokens * steps / 1e15:,.1f} PFLOP"
+    whole = f"{tokens:,} tokens a step, {tokens * steps:,} in {steps:,} steps, {total * tokens * steps / 1e12:,.4g} TFLOP"
     return summary_table(rows, ("part", "MFLOP a token", "TFLOP a step", "share"), f"Cost: {whole}")

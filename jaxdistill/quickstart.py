@@ -46,10 +46,11 @@ def find_teacher() -> str:
 
 def quickstart_config(*, teacher: str | None, text: str | None, layers: int, steps: int, output: str) -> Config:
     """A student of `layers` blocks of the teacher's shape, started from teacher layers spread over its depth."""
-    teacher = teacher or find_teacher()
-    initialise = "every_k" if layers <= load_model_config(teacher).num_layers else "random"
+    folder = teacher or find_teacher()
+    initialise = "every_k" if layers <= load_model_config(folder).num_layers else "random"
     return load_config(
-        teacher=teacher,
+        teacher=folder,
+        teacher_name=None if teacher else TEACHER_HUB_ID,
         data={"sources": [text or str(TEXT)], "sequence_length": 128, "held_out": 0.06},
         students={f"{layers}L": {"num_layers": layers, "initialise": initialise}},
         optimizer={"learning_rate": 5e-4},

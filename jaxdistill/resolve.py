@@ -97,13 +97,16 @@ def _settled(config: Config, teacher_folder: Path) -> Config:
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     sources = tuple(source.model_copy(update={"path": absolute(source.path)}) for source in config.data.sources)
-    teacher = absolute(config.teacher) if Path(config.teacher).expanduser().is_dir() else config.teacher
+    teacher, name = config.teacher, config.teacher_name or config.teacher
+    if Path(teacher).expanduser().is_dir():
+        teacher, name = absolute(teacher), config.teacher_name or Path(absolute(teacher)).name
     tokenizer = config.data.tokenizer
     if tokenizer and Path(tokenizer).expanduser().is_dir():
         tokenizer = absolute(tokenizer)
     data = config.data.model_copy(update={"sources": sources, "store": absolute(config.data.store), "tokenizer": tokenizer})
     training = config.training.model_copy(update={"precision": precision})
-    return config.model_copy(update={"teacher": teacher, "data": data, "training": training, "output": absolute(config.output)})
+    settled = {"teacher": teacher, "teacher_name": name, "data": data, "training": training, "output": absolute(config.output)}
+    return config.model_copy(update=settled)
 
 
 def _check_batch(config: Config, mesh: dict[str, int]) -> None:

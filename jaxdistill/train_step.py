@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,9 @@ class StudentState:
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    step: jax.Array  # int32: updates done, and with it the position in the data
+    """Arrays, or what stands for them (ShapeDtypeStructs, shardings)."""
+
+    step: Any  # int32: updates done, and with it the position in the data
     students: dict[str, StudentState]
 
 
@@ -152,11 +155,12 @@ def _update(students: Sequence[Student], state: TrainState, gradients: dict, par
     updated, metrics = {}, {}
     for student in students:
         own = gradients[student.name]
-        norm = optax.global_norm(own)
+        norm = optax.tree.norm(own)
         finite = jnp.isfinite(norm)
 
         def step(old: StudentState, own=own, optimizer=student.optimizer) -> StudentState:
-            updates, new = optimizer.update(own, old.optimizer, old.trained)
+            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of int32 counters
+                updates, new = optimizer.update(own, old.optimizer, old.trained)
             return StudentState(optax.apply_updates(old.trained, updates), new)
 
         # A branch, not a selection between results: what is kept is not copied.

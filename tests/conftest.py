@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the suite never reaches for a network
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Before the package is imported: every shape in a signature is checked at run time.
-_hook = install_import_hook("jaxdistill", "beartype.beartype")
+_hook = install_import_hook("jaxdistill", "shape_checks.checked")
 _hook.__enter__()
 
 import jax  # noqa: E402

@@ -90,7 +90,7 @@ class TokenStore:
 
 
 def batches(
-    store: TokenStore, order: RowOrder, *, batch_size: int, start_step: int, num_steps: int, rows: slice = slice(None)
+    store: TokenStore, order: RowOrder, *, batch_size: int, start_step: int, num_steps: int, rows: slice | np.ndarray = slice(None)
 ) -> Iterator[Batch]:
     """The batches of training steps start_step, start_step + 1, ... (`num_steps` of them), read ahead by Grain.
 

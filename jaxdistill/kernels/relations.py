@@ -38,7 +38,7 @@ def relation_kl(
     for vectors in (student, teacher):
         if vectors.shape[-1] % num_relation_heads:
             raise ValueError(f"{num_relation_heads} relation heads do not divide the hidden size {vectors.shape[-1]}")
-    segments = (mask > 0).astype(jnp.int32) if segment_ids is None else segment_ids * (mask > 0)
+    segments = (mask > 0).astype(jnp.int32) if segment_ids is None else jnp.where(mask > 0, segment_ids, 0)
     count = jnp.sum((mask > 0).astype(jnp.float32)) * num_relation_heads
     mesh = jax.sharding.get_abstract_mesh()
     batch, heads = LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["heads"]
@@ -109,23 +109,25 @@ def _join_blocks(heads: Float[Array, "blocks G S H"], shape: tuple[int, int, int
 
 
 def _softmax(heads: Float[Array, "G S H"], visible):
-    """Scores, their softmax over visible keys, and the log-sum-exp."""
+    """Scores, their softmax over visible keys, the highest score of each query, and the log-sum-exp above it."""
     scores = jnp.einsum("gqh,gkh->gqk", heads, heads) * jnp.float32(heads.shape[-1] ** -0.5)
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return scores, weights / total, (peak + jnp.log(total))[..., 0]
+    return scores, weights / total, peak, jnp.log(total)[..., 0]
 
 
 def _compare(student, teacher, segments):
     visible = visible_pairs(segments[None], segments[None])[0]
-    real = (segments > 0).astype(jnp.float32)
-    student_scores, student_weights, student_total = _softmax(student, visible)
-    teacher_scores, teacher_weights, teacher_total = _softmax(teacher, visible)
-    difference = jnp.where(visible, teacher_weights * (teacher_scores - student_scores), 0.0)
+    real = (segments > 0).astype(jnp.float32)[None]
+    student_scores, student_weights, student_peak, student_total = _softmax(student, visible)
+    teacher_scores, teacher_weights, teacher_peak, teacher_total = _softmax(teacher, visible)
+    # Peaks are taken off within the sum: large scores cancel there, and would leave their rounding behind outside it.
+    difference = (teacher_scores - student_scores) - (teacher_peak - student_peak)
+    difference = jnp.where(visible, teacher_weights * difference, 0.0)
     divergence = jnp.sum(difference, axis=-1) - teacher_total + student_total
-    return jnp.sum(divergence * real), (student_weights - teacher_weights) * real[:, None]
+    return jnp.sum(divergence * real), (student_weights - teacher_weights) * real[..., None]
 
 
 def _block_value(student, teacher, segments):
