@@ -34,8 +34,8 @@ FREE_FIELDS = frozenset(
 _PACKAGES = ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
-def claim_output(config: Config, *, overwrite: bool) -> bool:
-    """Make the output folder ours; True if it holds a run of this config to go on with.
+def check_output(config: Config, *, overwrite: bool) -> bool:
+    """Whether the output folder holds a run of this config to go on with; writes nothing.
 
     1. Nothing there (or a token store alone): a new run.
     2. A run, and `overwrite`: its files are removed, the token store kept; a new run.
@@ -55,16 +55,22 @@ def claim_output(config: Config, *, overwrite: bool) -> bool:
     if "config.yaml" in there and not overwrite:
         _check_continuity(read_config(folder), config, folder)
         return True
-    if there - {"tokens"} and not overwrite:
+    if there & RUN_FILES - {"tokens"} and not overwrite:
         raise InputError(f"output: {folder} holds parts of a run but no config.yaml; give a new folder, or --overwrite")
-    for name in there - {"tokens"}:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return False
+
+
+def begin_output(config: Config) -> None:
+    """Make the folder that of a new run: remove an earlier run's files (not the token store), write config.yaml."""
+    folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
+    # config.yaml goes first: killed on the way, the folder is no run any more rather than half of one.
+    for name in ("config.yaml", *(RUN_FILES - {"tokens", "config.yaml"})):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     temporary = folder / ".config.yaml.tmp"
     temporary.write_text(config.to_yaml(), encoding="utf-8")
     temporary.replace(folder / "config.yaml")
-    return False
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

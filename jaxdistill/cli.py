@@ -33,14 +33,19 @@ def quickstart(
     teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: all-MiniLM-L6-v2")] = None,
     text: Annotated[str | None, typer.Option(help="text, jsonl or parquet: a file, a folder or a glob; default: the sample that ships")] = None,
     layers: Annotated[int, typer.Option(min=1, help="depth of the student")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="training steps of 32 x 128 tokens")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of 32 rows")] = 120,
+    length: Annotated[int, typer.Option(min=8, help="tokens of a row")] = 128,
+    relation_heads: Annotated[int, typer.Option(min=1, help="relation heads of MiniLMv2; they divide the hidden size")] = 48,
     output: Annotated[str, typer.Option(help="folder of the run")] = "runs/quickstart",
     overwrite: Overwrite = False,
 ) -> None:
     """Distil a small student in a few minutes, and show what it keeps."""
-    from jaxdistill.quickstart import run_quickstart
+    from jaxdistill.quickstart import quickstart_config, run_quickstart
 
-    run_quickstart(teacher=teacher, text=text, layers=layers, steps=steps, output=output, overwrite=overwrite)
+    config = quickstart_config(
+        teacher=teacher, text=text, layers=layers, steps=steps, length=length, relation_heads=relation_heads, output=output
+    )
+    run_quickstart(config, overwrite=overwrite)
 
 
 @app.command()
@@ -102,7 +107,7 @@ def export(
         print(folder)
 
 
-def _version(value: bool) -> None:
+def _version(value: bool | None) -> None:
     if value:
         from importlib.metadata import version
 
@@ -111,7 +116,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")] = False) -> None:
+def _options(
+    version: Annotated[bool | None, typer.Option("--version", callback=_version, is_eager=True, help="show the version")] = None,
+) -> None:
     """Make encoders small: distil BERT, RoBERTa or XLM-R into students that load in PyTorch."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxdistill import runtime
 from jaxdistill.batches import evaluation_batches, training_batches
-from jaxdistill.checkpoint import Checkpoints, check_identity, claim_output, run_identity, run_record
+from jaxdistill.checkpoint import Checkpoints, begin_output, check_identity, check_output, run_identity, run_record
 from jaxdistill.config import Config, load_config
 from jaxdistill.data import TokenStore, prepare
 from jaxdistill.export import export_run
@@ -65,10 +65,12 @@ def distill(
     runtime.configure()
     run = resolve(load_config(config, overrides, **fields))
     is_main = jax.process_index() == 0
-    goes_on = claim_output(run.config, overwrite=overwrite)
+    goes_on = check_output(run.config, overwrite=overwrite)
+    _, teacher_params = load_pretrained(run.teacher_folder)
     with preparing("Preparing text", is_main) as report:
         store = prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report)
-    _, teacher_params = load_pretrained(run.teacher_folder)
+    if is_main and not goes_on:
+        begin_output(run.config)
     mesh = create_mesh(run.config.mesh)
     with jax.set_mesh(mesh), choose_progress(run.config.training.steps, "Distilling", is_main) as progress:
         for line in describe(run, goes_on):

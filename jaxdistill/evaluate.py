@@ -34,7 +34,8 @@ def split_sentences(documents: Iterable[str], *, limit: int, num_chars: tuple[in
 def sentence_embeddings(
     config: EncoderConfig, params: dict, tokenizer: TextTokenizer, sentences: list[str], *, max_length: int = 96, batch_size: int = 32
 ) -> Float[np.ndarray, "N D"]:
-    """Mean of the last hidden state over the real tokens of each sentence, cut at `max_length` tokens; float32."""
+    """Mean of the last hidden state over the real tokens of each sentence, cut at `max_length` tokens (at most its positions)."""
+    max_length = min(max_length, config.max_sequence_length)
     ids = np.full((len(sentences), max_length), tokenizer.pad_id, np.int32)
     mask = np.zeros_like(ids)
     for row, tokens in enumerate(tokenizer.encode(sentences)):

@@ -18,7 +18,9 @@ def _last_layer(num_student: int, num_teacher: int) -> Pairs:
 
 def _last(num_student: int, num_teacher: int) -> Pairs:
     if num_student > num_teacher:
-        raise InputError(f"layer map 'last' needs a student no deeper than the teacher, got {num_student} and {num_teacher} layers")
+        raise InputError(
+            f"layer maps 'last' and 'uniform_plus_last' need a student no deeper than the teacher, got {num_student} and {num_teacher} layers"
+        )
     return tuple((i, num_teacher - num_student + i) for i in range(1, num_student + 1))
 
 
@@ -42,8 +44,11 @@ def _uniform_plus_last(num_student: int, num_teacher: int) -> Pairs:
 
 
 def _teacher_layer(num_student: int, num_teacher: int, *, teacher_layer: int) -> Pairs:
-    layer = teacher_layer if teacher_layer > 0 else num_teacher + 1 + teacher_layer
-    return ((num_student, layer),)
+    if not 1 <= abs(teacher_layer) <= num_teacher:
+        raise InputError(
+            f"layer map 'teacher_layer': {teacher_layer} is out of range, the teacher has layers 1..{num_teacher}, or -1..-{num_teacher} from the end"
+        )
+    return ((num_student, teacher_layer if teacher_layer > 0 else num_teacher + 1 + teacher_layer),)
 
 
 def _first_and_last_uniform(num_student: int, num_teacher: int) -> Pairs:

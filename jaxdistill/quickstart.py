@@ -44,16 +44,18 @@ def find_teacher() -> str:
     return str(folder)
 
 
-def quickstart_config(*, teacher: str | None, text: str | None, layers: int, steps: int, output: str) -> Config:
+def quickstart_config(
+    *, teacher: str | None, text: str | None, layers: int, steps: int, length: int, relation_heads: int, output: str
+) -> Config:
     """A student of `layers` blocks of the teacher's shape, started from teacher layers spread over its depth."""
     folder = teacher or find_teacher()
     initialise = "every_k" if layers <= load_model_config(folder).num_layers else "random"
     return load_config(
         teacher=folder,
         teacher_name=None if teacher else TEACHER_HUB_ID,
-        data={"sources": [text or str(TEXT)], "sequence_length": 128, "held_out": 0.06},
+        data={"sources": [text or str(TEXT)], "sequence_length": length, "held_out": 0.06},
         students={f"{layers}L": {"num_layers": layers, "initialise": initialise}},
-        optimizer={"learning_rate": 5e-4},
+        objective=[{"kind": "relation_kl", "relation_heads": relation_heads}],
         training={
             "steps": steps,
             "batch_size": 32,
@@ -66,9 +68,8 @@ def quickstart_config(*, teacher: str | None, text: str | None, layers: int, ste
     )
 
 
-def run_quickstart(*, teacher: str | None, text: str | None, layers: int, steps: int, output: str, overwrite: bool) -> None:
+def run_quickstart(config: Config, *, overwrite: bool) -> None:
     """Distil, then print the student before and after, the folder, and how PyTorch loads it."""
-    config = quickstart_config(teacher=teacher, text=text, layers=layers, steps=steps, output=output)
     run = resolve(config)
     result = distill(config, overwrite=overwrite)
     (name,) = result.students

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def resolve(config: Config, *, num_devices: int | None = None) -> Run:
         raise InputError(
             f"data.sequence_length: {config.data.sequence_length} is over the {teacher.max_sequence_length} positions of the teacher"
         )
+    if config.training.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("training.wandb: wandb is not installed: pip install 'jaxdistill[wandb]'")
     config = _settled(config, teacher_folder)
     mesh = mesh_shape(config.mesh, num_devices or jax.device_count())
     _check_batch(config, mesh)

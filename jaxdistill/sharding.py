@@ -6,7 +6,7 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill.config import MeshConfig
 from jaxdistill.errors import InputError
@@ -61,7 +61,7 @@ def create_mesh(config: MeshConfig, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How the array at this path is split; a dimension that its mesh axis does not divide is kept whole."""
     logical = next((axes for pattern, axes in PATH_TO_LOGICAL if re.search(rf"(^|/){pattern}$", path)), ())
     if len(logical) != len(shape):

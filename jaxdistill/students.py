@@ -29,7 +29,7 @@ def student_config(
     """The encoder of a student, and warnings about it.
 
     Vocabulary, positions and constants are the teacher's. Numbers that neither the shape's name nor the config gives:
-    heads and hidden size of the teacher, feed-forward 4 x hidden.
+    heads and hidden size of the teacher; its feed-forward size at equal width, else 4 x hidden.
 
     Raises:
       InputError: unknown name, no depth, heads that do not divide the hidden size.
@@ -43,7 +43,7 @@ def student_config(
         raise InputError(f"{where}: how deep? give shape ({', '.join(SHAPES)}) or num_layers")
     hidden = sizes["hidden_size"] or teacher.hidden_size
     heads = sizes["num_heads"] or teacher.num_heads
-    inner = sizes["intermediate_size"] or 4 * hidden
+    inner = sizes["intermediate_size"] or (teacher.intermediate_size if hidden == teacher.hidden_size else 4 * hidden)
     if hidden % heads:
         fitting = [n for n in range(1, hidden + 1) if hidden % n == 0 and hidden // n >= 8]
         closest = sorted(sorted(fitting, key=lambda n: abs(n - heads))[:4])

@@ -55,13 +55,14 @@ def test_rows_of_odd_lengths_packed(length, head_size):
 @pytest.mark.parametrize(("elements", "heads_in_block"), [(1, 1), (5 * 81, 4), (10**9, 12)])
 def test_every_cut_into_blocks(elements, heads_in_block, monkeypatch):
     monkeypatch.setattr(relations, "_BLOCK_ELEMENTS", {"cpu": elements})
-    assert relations._heads_per_block(12, 9) == heads_in_block
     student, teacher = make_vectors(2, 9, 24, 36)
     segments = make_segments([[9], [4, 3]], 9)
     arrays = student, teacher, segments.clip(0, 1), segments
     plain = evaluate(losses.relation_kl, *arrays, heads=12)
     kernel = lambda *args, **options: kernels.relation_kl(*args, **options)  # noqa: E731 (a fresh one: the cut is compiled in)
     assert_equal(plain, evaluate(kernel, *arrays, heads=12))
+    steps = 2 * 12 // heads_in_block
+    assert f"length={steps}\n" in str(jax.make_jaxpr(partial(evaluate, kernel, heads=12))(*arrays))
 
 
 def test_value_alone_equals_value_with_gradient():
