@@ -233,7 +233,7 @@ def read_config_file(path: str | Path) -> dict:
 
 def apply_overrides(values: Mapping, overrides: Sequence[str]) -> dict:
     """`values` with each `path.to.field=value` set; the value is read as YAML, list items are named by number."""
-    result: Any = yaml.safe_load(yaml.safe_dump(_plain(values)))  # a deep copy in plain types
+    result: Any = yaml.safe_load(yaml.safe_dump(_plain(values), sort_keys=False))  # a deep copy in plain types
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:

@@ -5,6 +5,7 @@ Layers are numbered as in the papers: 0 is the embedding output, 1..L are the Tr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 from jaxdistill.errors import InputError, nearest
@@ -19,7 +20,8 @@ def _last_layer(num_student: int, num_teacher: int) -> Pairs:
 def _last(num_student: int, num_teacher: int) -> Pairs:
     if num_student > num_teacher:
         raise InputError(
-            f"layer maps 'last' and 'uniform_plus_last' need a student no deeper than the teacher, got {num_student} and {num_teacher} layers"
+            f"layer maps 'last' and 'uniform_plus_last' need a student no deeper than the teacher, "
+            f"got {num_student} and {num_teacher} layers"
         )
     return tuple((i, num_teacher - num_student + i) for i in range(1, num_student + 1))
 
@@ -46,7 +48,8 @@ def _uniform_plus_last(num_student: int, num_teacher: int) -> Pairs:
 def _teacher_layer(num_student: int, num_teacher: int, *, teacher_layer: int) -> Pairs:
     if not 1 <= abs(teacher_layer) <= num_teacher:
         raise InputError(
-            f"layer map 'teacher_layer': {teacher_layer} is out of range, the teacher has layers 1..{num_teacher}, or -1..-{num_teacher} from the end"
+            f"layer map 'teacher_layer': {teacher_layer} is out of range, "
+            f"the teacher has layers 1..{num_teacher}, or -1..-{num_teacher} from the end"
         )
     return ((num_student, teacher_layer if teacher_layer > 0 else num_teacher + 1 + teacher_layer),)
 
@@ -88,13 +91,14 @@ def layer_pairs(strategy: str, num_student_layers: int, num_teacher_layers: int,
         raise InputError(f"unknown layer map {strategy!r}{nearest(strategy, STRATEGIES)}")
     if num_student_layers < 1 or num_teacher_layers < 1:
         raise InputError(f"layer map {strategy!r}: both depths must be at least 1, got {num_student_layers} and {num_teacher_layers}")
-    known = STRATEGIES[strategy].__kwdefaults__ or {}
-    accepted = set(STRATEGIES[strategy].__annotations__) - {"num_student", "num_teacher", "return"}
+    parameters = inspect.signature(STRATEGIES[strategy]).parameters.values()
+    accepted = {option.name: option for option in parameters if option.kind is option.KEYWORD_ONLY}
     for name in options:
         if name not in accepted:
             raise InputError(f"layer map {strategy!r} has no option {name!r}; its options: {', '.join(sorted(accepted)) or 'none'}")
-    for name in accepted - set(known) - set(options):
-        raise InputError(f"layer map {strategy!r} needs the option {name!r}")
+    for name, option in accepted.items():
+        if option.default is option.empty and name not in options:
+            raise InputError(f"layer map {strategy!r} needs the option {name!r}")
     pairs = tuple(sorted(set(STRATEGIES[strategy](num_student_layers, num_teacher_layers, **options))))
     for student, teacher in pairs:
         if not 0 <= student <= num_student_layers:

@@ -41,7 +41,8 @@ def test_between_zero_and_the_peak(schedule, steps, warmup):
 
 def test_what_decays():
     params = random_params(tiny_config(num_layers=1), pooler=True, mlm=True, tied=False)
-    mask = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(decay_mask(params))}
+    leaves = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    mask = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     decayed = {name for name, leaf in mask.items() if leaf}
     assert decayed == {name for name in mask if not name.endswith(("bias", "scale"))}
     assert {"embeddings/word/embedding", "layers/01/query/kernel", "mlm/decoder", "pooler/dense/kernel"} <= decayed
@@ -56,9 +57,15 @@ def weights(seed: int) -> dict:
 def updated(config: OptimizerConfig, gradients: list[dict]) -> dict:
     optimizer, params = create_optimizer(config, 10), weights(0)
     state = optimizer.init(params)
+
+    @jax.jit
+    def step(gradient, state, params):
+        with jax.numpy_dtype_promotion("standard"):  # as the train step: optax raises floats to the power of int32 counters
+            updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
     for gradient in gradients:
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(gradient, state, params)
     return params
 
 

@@ -1,7 +1,6 @@
 """The published shapes and their sizes, what a student starts from, and every refusal."""
 
 import dataclasses
-import warnings
 from functools import partial
 
 import jax
@@ -35,19 +34,18 @@ def count(config: EncoderConfig, **heads) -> int:
     ("shape", "monolingual", "multilingual"), [("6L-DistilBERT", 66, 234), ("6L", 23, 106), ("4L", 27, 153), ("3L", 16, 100)]
 )
 def test_published_parameter_counts(shape, monolingual, multilingual):
-    """udagawa2023, table 1, in millions."""
-    for teacher, published in ((BERT_BASE, monolingual), (XLM_R_BASE, multilingual)):
+    """udagawa2023, table 1, in millions: the paper rounds the first column (22.6 is 23) and cuts the second (234.9 is 234)."""
+    for teacher, published, whole in ((BERT_BASE, monolingual, round), (XLM_R_BASE, multilingual, int)):
         config, warned = build(teacher, shape=shape)
-        assert round(count(config) / 1e6) == published
+        assert whole(num_parameters(config) / 1e6) == published
         assert not warned
-        assert num_parameters(config) == count(config)
 
 
 def test_parameter_count_by_hand():
     """6L: (30522 + 512 + 2) x 384 and a norm, 6 blocks of 4 projections, 2 norms and the feed-forward."""
     block = 4 * (384 * 384 + 384) + 2 * 2 * 384 + (384 * 1536 + 1536) + (1536 * 384 + 384)
     config, _ = build(BERT_BASE, shape="6L")
-    assert count(config) == (30522 + 512 + 2) * 384 + 2 * 384 + 6 * block == 22_564_992
+    assert count(config) == num_parameters(config) == (30522 + 512 + 2) * 384 + 2 * 384 + 6 * block == 22_565_376
     assert count(config, pooler=True) - count(config) == 384 * 384 + 384
 
 
@@ -83,8 +81,8 @@ def test_dropout_is_the_teachers_unless_said():
         ({"shape": "6L-Distilbert"}, r"students\.small\.shape: unknown shape '6L-Distilbert'; did you mean '6L-DistilBERT'"),
         ({"shape": "enormous"}, r"unknown shape 'enormous'; known: 3L, 4L, 6L, 6L-DistilBERT; or give num_layers"),
         ({"hidden_size": 384}, r"students\.small: how deep\? give shape \(6L-DistilBERT, 6L, 4L, 3L\) or num_layers"),
-        ({"num_layers": 2, "num_heads": 5}, r"students\.small: 5 heads do not divide the hidden size 48; num_heads 3, 4, 6 would|num_heads 2, 3, 4, 6 would"),
-        ({"shape": "6L", "hidden_size": 516, "num_heads": 8}, "8 heads do not divide the hidden size 516; num_heads 4, 6, 12 would|num_heads 3, 4, 6, 12 would"),
+        ({"num_layers": 2, "num_heads": 5}, r"students\.small: 5 heads do not divide the hidden size 48; num_heads 2, 3, 4, 6 would"),
+        ({"shape": "6L", "hidden_size": 516, "num_heads": 8}, "8 heads do not divide the hidden size 516; num_heads 3, 4, 6, 12 would"),
     ],
 )
 def test_shapes_that_cannot_be_built(fields, message):
@@ -162,14 +160,13 @@ def test_random_parameters_come_from_the_key_and_the_name():
 
 
 def test_pooler_of_an_export():
+    """The teacher's where it fits; else random, and the same at every export."""
     config = tiny_config(num_layers=2)
+    narrow = dataclasses.replace(config, hidden_size=24)
     teacher = random_params(TEACHER, pooler=True)
     assert export_pooler(config, jax.random.key(0), TEACHER, teacher) is teacher["pooler"]
-    narrow = dataclasses.replace(config, hidden_size=24)
+    first, again = (export_pooler(narrow, jax.random.key(0), TEACHER, teacher)["dense"] for _ in range(2))
+    assert {name: x.shape for name, x in first.items()} == {"kernel": (24, 24), "bias": (24,)}
+    assert np.array_equal(first["kernel"], again["kernel"]) and first["kernel"].std() > 0.01
     del teacher["pooler"]
-    for student, own in ((narrow, {"pooler": "of 48"}), (config, teacher)):
-        with warnings.catch_warnings():
-            first, again = (export_pooler(student, jax.random.key(0), TEACHER, own) for _ in range(2))
-        width = student.hidden_size
-        assert {name: x.shape for name, x in first["dense"].items()} == {"kernel": (width, width), "bias": (width,)}
-        assert np.array_equal(first["dense"]["kernel"], again["dense"]["kernel"]) and first["dense"]["kernel"].std() > 0.01
+    assert export_pooler(config, jax.random.key(0), TEACHER, teacher)["dense"]["kernel"].shape == (48, 48)

@@ -5,6 +5,7 @@ Random also where initialisation would give zeros and ones: a bias that is loade
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -29,16 +30,20 @@ def tiny_config(family: str = "bert", **changes) -> EncoderConfig:
 def random_params(config: EncoderConfig, seed: int = 0, *, pooler: bool = False, mlm: bool = False, tied: bool = True) -> dict:
     """Parameters as arrays on the host."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: init_params(config, key, pooler=pooler, mlm=mlm), jax.random.key(0))
 
     def fill(path, leaf):
         values = rng.normal(0.0, 0.2, leaf.shape)
         return (values + (path[-1].key == "scale")).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(fill, shapes)
+    params = jax.tree_util.tree_map_with_path(fill, _shapes(config, pooler, mlm))
     if not tied:
         params["mlm"]["decoder"] = rng.normal(0.0, 0.2, (config.hidden_size, config.vocab_size)).astype(np.float32)
     return params
+
+
+@lru_cache
+def _shapes(config: EncoderConfig, pooler: bool, mlm: bool) -> dict:
+    return jax.eval_shape(partial(init_params, config, pooler=pooler, mlm=mlm), jax.random.key(0))
 
 
 def write_model(folder: Path, config: EncoderConfig, seed: int = 0, *, pooler: bool = False, mlm: bool = False, **options) -> dict:
@@ -63,6 +68,7 @@ def torch_model(kind: str, config: EncoderConfig, seed: int = 0, *, tied: bool =
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # at these sizes a second thread only waits
     hub_config = transformers.AutoConfig.for_model(
         config.family,
         vocab_size=config.vocab_size,

@@ -23,7 +23,7 @@ from jaxdistill.sharding import LOGICAL_TO_MESH
 
 # Scores of one block: what fits in a core's cache, or what fills an accelerator.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
-_ACCELERATOR_BLOCK_ELEMENTS = 2**27
+_ACCELERATOR_BLOCK_ELEMENTS = 2**26
 
 
 def relation_kl(
@@ -79,10 +79,10 @@ _divergence.defvjp(_forward, _backward)
 
 
 def _scan_blocks(block, student, teacher, segments, num_relation_heads: int):
-    """`block` over groups of heads of one row after the other: the summed values, and the stacked rest."""
-    group = _heads_per_block(num_relation_heads, student.shape[1])
+    """`block` over groups of relation heads, one after the other: the summed values, and the stacked rest."""
+    group = _heads_per_block(student.shape[0] * num_relation_heads, student.shape[1])
     split = partial(_split_blocks, num_relation_heads=num_relation_heads, group=group)
-    rows = jnp.repeat(segments, num_relation_heads // group, axis=0)
+    rows = jnp.repeat(segments, num_relation_heads, axis=0).reshape(-1, group, segments.shape[1])
 
     def body(total, operands):
         value, rest = block(*operands)
@@ -91,21 +91,21 @@ def _scan_blocks(block, student, teacher, segments, num_relation_heads: int):
     return jax.lax.scan(body, jnp.float32(0.0), (split(student), split(teacher), rows))
 
 
-def _heads_per_block(num_relation_heads: int, length: int) -> int:
-    fitting = _BLOCK_ELEMENTS.get(jax.default_backend(), _ACCELERATOR_BLOCK_ELEMENTS) // length**2
-    return max(n for n in range(1, num_relation_heads + 1) if num_relation_heads % n == 0 and n <= max(fitting, 1))
+def _heads_per_block(num_heads: int, length: int) -> int:
+    """The largest divisor of `num_heads` (of the whole batch) whose scores make one block."""
+    fitting = max(_BLOCK_ELEMENTS.get(jax.default_backend(), _ACCELERATOR_BLOCK_ELEMENTS) // length**2, 1)
+    return max(n for n in range(1, min(num_heads, fitting) + 1) if num_heads % n == 0)
 
 
 def _split_blocks(vectors: Float[Array, "B S D"], num_relation_heads: int, group: int) -> Float[Array, "blocks G S H"]:
     batch, length, width = vectors.shape
-    blocks = num_relation_heads // group
-    heads = vectors.astype(jnp.float32).reshape(batch, length, blocks, group, width // num_relation_heads)
-    return heads.transpose(0, 2, 3, 1, 4).reshape(batch * blocks, group, length, -1)
+    heads = vectors.astype(jnp.float32).reshape(batch, length, num_relation_heads, width // num_relation_heads)
+    return heads.transpose(0, 2, 1, 3).reshape(-1, group, length, width // num_relation_heads)
 
 
 def _join_blocks(heads: Float[Array, "blocks G S H"], shape: tuple[int, int, int]) -> Float[Array, "B S D"]:
-    _, group, length, size = heads.shape
-    return heads.reshape(shape[0], -1, group, length, size).transpose(0, 3, 1, 2, 4).reshape(shape)
+    _, _, length, size = heads.shape
+    return heads.reshape(shape[0], -1, length, size).transpose(0, 2, 1, 3).reshape(shape)
 
 
 def _softmax(heads: Float[Array, "G S H"], visible):
@@ -119,8 +119,8 @@ def _softmax(heads: Float[Array, "G S H"], visible):
 
 
 def _compare(student, teacher, segments):
-    visible = visible_pairs(segments[None], segments[None])[0]
-    real = (segments > 0).astype(jnp.float32)[None]
+    visible = visible_pairs(segments, segments)[:, 0]
+    real = (segments > 0).astype(jnp.float32)
     student_scores, student_weights, student_peak, student_total = _softmax(student, visible)
     teacher_scores, teacher_weights, teacher_peak, teacher_total = _softmax(teacher, visible)
     # Peaks are taken off within the sum: large scores cancel there, and would leave their rounding behind outside it.

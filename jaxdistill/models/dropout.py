@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxdistill.shapes import Array, Key, UInt32
 
 
@@ -28,7 +29,7 @@ class DropoutKeys:
     site: int = field(default=0)
 
     @classmethod
-    def create(cls, key: Key[Array, ""], rows: UInt32[Array, "B"]) -> DropoutKeys:
+    def create(cls, key: Key[Array, ""], rows: UInt32[Array, " B"]) -> DropoutKeys:
         return cls(jax.vmap(lambda row: jax.random.key_data(jax.random.fold_in(key, row))[-2:])(rows))
 
     def apply(self, x: jax.Array, rate: float) -> jax.Array:

@@ -232,20 +232,22 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{folder / shard}: missing; {index.name} names it")
         try:
             with safe_open(folder / shard, "numpy") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{folder / shard}: damaged or truncated safetensors file ({error}); fetch it again") from None
     return tensors
 
 
 def _no_weights(folder: Path) -> str:
+    convert = (
+        "convert once, in an environment with torch: AutoModelForMaskedLM.from_pretrained(model).save_pretrained(new_folder) "
+        "writes model.safetensors (AutoModel without an MLM head)"
+    )
     for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "tf_model.h5", "flax_model.msgpack"):
         if (folder / pickled).is_file():
-            return (
-                f"{folder}: weights are in {pickled}, which is not read (a pickle can run code); convert once, in an environment with torch: "
-                f"AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(new_folder) writes model.safetensors (AutoModel without an MLM head)"
-            )
-    return f"{folder}: no model.safetensors (nor an index of shards)"
+            return f"{folder}: weights are in {pickled}, which is not read (a pickle can run code); {convert}"
+    # Of a Hub id, other weights are not even fetched.
+    return f"{folder}: no model.safetensors (nor an index of shards); if the model has its weights only as pickle, {convert}"
 
 
 def save_pretrained(folder: Path, config: EncoderConfig, params: dict, *, mlm: bool = False, dtype: str = "float32") -> None:

@@ -31,9 +31,7 @@ def evaluate(relation_kl, student, teacher, mask, *, num_relation_heads=6, segme
     """(value, count, gradient of the value with respect to the student)."""
 
     def value(student):
-        total, count = relation_kl(
-            student, teacher, mask.astype(jnp.int32), num_relation_heads=num_relation_heads, segment_ids=segment_ids
-        )
+        total, count = relation_kl(student, teacher, mask.astype(jnp.int32), num_relation_heads=num_relation_heads, segment_ids=segment_ids)
         return total / jnp.maximum(count, 1.0), count
 
     (value, count), gradient = jax.value_and_grad(value, has_aux=True)(student)
@@ -79,7 +77,8 @@ def test_masked_by_hand(relation_kl):
 def test_packed_by_hand(relation_kl):
     """The first token alone costs nothing; the other two are again (3/4, 1/4) against halves."""
     segments = jnp.array([[1, 2, 2]])
-    total, count = sums(relation_kl, jnp.asarray(UNIFORM), jnp.asarray(PEAKED), jnp.ones((1, 3)), num_relation_heads=1, segment_ids=segments)
+    arrays = jnp.asarray(UNIFORM), jnp.asarray(PEAKED), jnp.ones((1, 3))
+    total, count = sums(relation_kl, *arrays, num_relation_heads=1, segment_ids=segments)
     assert float(total) == pytest.approx(0.130812, abs=1e-6)
     assert float(count) == 3.0
 
@@ -92,6 +91,13 @@ def test_two_heads_by_hand(relation_kl):
     total, count = sums(relation_kl, student, first, jnp.ones((1, 3)), num_relation_heads=2)
     assert float(total) == pytest.approx(MIDDLE_QUERY, abs=1e-6) and float(count) == 6.0
     assert float(sums(relation_kl, student, both, jnp.ones((1, 3)), num_relation_heads=2)[0]) == pytest.approx(2 * MIDDLE_QUERY, abs=1e-6)
+
+
+def test_mask_holds_within_a_segment(relation_kl):
+    """A padded slot is padding also where the segments do not say so."""
+    arrays = jnp.asarray(UNIFORM), jnp.asarray(PEAKED), jnp.array([[1, 1, 0]])
+    total, count = sums(relation_kl, *arrays, num_relation_heads=1, segment_ids=jnp.ones((1, 3), jnp.int32))
+    assert float(total) == pytest.approx(0.130812, abs=1e-6) and float(count) == 2.0
 
 
 TEXTS = [[9], [4], [0], [1]]
@@ -128,9 +134,7 @@ def test_heads_and_widths_against_loops(relation_kl, num_relation_heads):
     """R need not know either side's native heads; widths may differ."""
     student, teacher = make_vectors(2, 7, 12, 36)
     segments = make_segments([[3, 4], [5]], 7)
-    total, count = sums(
-        relation_kl, student, teacher, segments.clip(0, 1), num_relation_heads=num_relation_heads, segment_ids=segments
-    )
+    total, count = sums(relation_kl, student, teacher, segments.clip(0, 1), num_relation_heads=num_relation_heads, segment_ids=segments)
     expected = divergence_by_loops(student, teacher, segments, num_relation_heads)
     assert_close(total, expected[0])
     assert count == expected[1]

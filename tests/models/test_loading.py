@@ -1,6 +1,7 @@
 """Model folders as they are found: every variant loads to the same arrays, and what cannot be read is refused in one line."""
 
 import json
+import types
 
 import jax
 import ml_dtypes
@@ -186,7 +187,7 @@ def test_pickled_weights(name, tmp_path):
 def test_no_weights(tmp_path):
     write_model(tmp_path, tiny_config())
     (tmp_path / "model.safetensors").unlink()
-    refuses(tmp_path, "no model.safetensors")
+    refuses(tmp_path, r"no model\.safetensors \(nor an index of shards\); if .* only as pickle, convert once")
 
 
 @pytest.mark.parametrize("model_type", ["distilbert", "gpt2", None, ["bert"]])
@@ -283,6 +284,40 @@ def test_not_a_model_folder(tmp_path):
 @pytest.mark.parametrize("name", ["someone/some-encoder", "bert-base-uncased-of-nobody"])
 def test_hub_id_without_network(name):
     refuses(name, rf"{name}: no such folder here, and the Hub could not be reached \(HF_HUB_OFFLINE is set\)", find_model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("GatedRepoError", "a gated model of the Hub; accept its terms there and log in"),
+        ("RepositoryNotFoundError", "neither a folder here nor a model that the Hub shows you"),
+        ("HfHubHTTPError", "the Hub could not be reached"),
+    ],
+)
+def test_what_the_hub_answers(kind, message, monkeypatch):
+    import huggingface_hub
+
+    def fetch(*_args, **_options):
+        answer = types.SimpleNamespace(headers={}, request=None)
+        raise getattr(huggingface_hub.errors, kind)("two\nlines", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    refuses("someone/some-encoder", f"someone/some-encoder: .*{message}", find_model)
+
+
+def test_model_of_the_hub(monkeypatch, tmp_path):
+    """A folder's name wins; else the snapshot, of which only what is read is asked for."""
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(tmp_path))
+    params = write_model(tmp_path, tiny_config())
+    assert same(load_pretrained("someone/some-encoder")[1], params)
+    assert asked["name"] == "someone/some-encoder"
+    assert {"config.json", "model.safetensors"} <= set(asked["allow_patterns"])
+    monkeypatch.chdir(tmp_path.parent)
+    assert find_model(tmp_path.name).samefile(tmp_path)
+    assert asked["name"] == "someone/some-encoder"
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "some folder", "/absent", "double--dash", "dots..here", "ends-with.git", "trailing-"])
