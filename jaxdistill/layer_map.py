@@ -102,9 +102,13 @@ def layer_pairs(strategy: str, num_student_layers: int, num_teacher_layers: int,
     pairs = tuple(sorted(set(STRATEGIES[strategy](num_student_layers, num_teacher_layers, **options))))
     for student, teacher in pairs:
         if not 0 <= student <= num_student_layers:
-            raise InputError(f"layer map {strategy!r}: student layer {student} is out of range, the student has layers 0..{num_student_layers}")
+            raise InputError(
+                f"layer map {strategy!r}: student layer {student} is out of range, the student has layers 0..{num_student_layers}"
+            )
         if not 0 <= teacher <= num_teacher_layers:
-            raise InputError(f"layer map {strategy!r}: teacher layer {teacher} is out of range, the teacher has layers 0..{num_teacher_layers}")
+            raise InputError(
+                f"layer map {strategy!r}: teacher layer {teacher} is out of range, the teacher has layers 0..{num_teacher_layers}"
+            )
     if not pairs:
         raise InputError(f"layer map {strategy!r} is empty: name at least one [student, teacher] pair")
     return pairs

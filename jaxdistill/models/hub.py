@@ -11,7 +11,14 @@ from jaxdistill.errors import InputError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Top level only: repositories also carry ONNX, OpenVINO and TensorFlow copies of the weights.
-_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors", "tokenizer*", "special_tokens_map.json"]
+_FILES = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+    "tokenizer*",
+    "special_tokens_map.json",
+]
 _FILES += ["vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "added_tokens.json"]
 
 
@@ -43,7 +50,9 @@ def _fetch(name: str) -> Path:
     except errors.GatedRepoError:
         raise InputError(f"{name}: a gated model of the Hub; accept its terms there and log in with `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(f"{name}: neither a folder here nor a model that the Hub shows you (a private one needs `hf auth login`)") from None
+        raise InputError(
+            f"{name}: neither a folder here nor a model that the Hub shows you (a private one needs `hf auth login`)"
+        ) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise InputError(

@@ -153,6 +153,13 @@ def test_the_loop_compiles_once_and_transfers_nothing(ground, tmp_path):
     assert sum("evaluation_step" in name for name in compiled) == 1, compiled
 
 
+def test_the_guard_of_the_loop_catches_a_transfer(step):
+    _, compiled, state, teacher, batches = step
+    on_the_host = jax.tree.map(np.asarray, batches[0])
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        compiled(state, teacher, on_the_host)
+
+
 def test_the_step_refuses_other_shapes_instead_of_compiling_again(step):
     _, compiled, state, teacher, batches = step
     shorter = jax.tree.map(lambda x: x[:, :, :8], batches[0])
