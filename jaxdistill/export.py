@@ -104,7 +104,7 @@ def export_checkpoint(
     """
     if dtype not in get_args(ExportConfig.model_fields["dtype"].annotation):
         raise InputError(f"--dtype: {dtype!r} is not one of float32, float16, bfloat16")
-    run = resolve(load_config(folder, [f"output={folder.absolute()}", "mesh={}"]), num_devices=1)
+    run = resolve(load_config(folder, ["mesh={}"]), num_devices=1)
     names = [s.name for s in run.students]
     if student is not None and student not in names:
         raise InputError(f"--student: {folder} has no student {student!r}{nearest(student, names)}")
@@ -113,6 +113,8 @@ def export_checkpoint(
     for target in targets.values():
         if target.exists() and not overwrite:
             raise InputError(f"{target} exists; give another folder with --to, or --overwrite")
+        if target.exists() and not (target / "model.safetensors").is_file():
+            raise InputError(f"{target} exists and is not a model folder; give another folder with --to")
     if not (folder / "checkpoints").is_dir():
         raise InputError(f"{folder}: no checkpoint yet; `jaxdistill distill {folder}` goes on with the run")
     _, teacher_params = load_pretrained(run.teacher_folder)

@@ -28,7 +28,8 @@ def inspection(run: Run) -> Group:
 def _abstract_params(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter."""
     shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
 def _size(shape: tuple[int, ...]) -> int:

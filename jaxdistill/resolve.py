@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +63,13 @@ def resolve(config: Config, *, num_devices: int | None = None) -> Run:
     tokenizer_source = find_model(config.data.tokenizer) if config.data.tokenizer else teacher_folder
     tokenizer = load_tokenizer(tokenizer_source)
     where = "data.tokenizer" if config.data.tokenizer else "teacher"
-    check_tokenizer(tokenizer, vocab_size=teacher.vocab_size, pad_token_id=teacher.pad_token_id, where=where)
+    # Only where positions are counted from it does the padding index matter; BERT's kind often names another than its tokenizer.
+    pad_token_id = teacher.pad_token_id if teacher.positions_from_padding else None
+    check_tokenizer(tokenizer, vocab_size=teacher.vocab_size, pad_token_id=pad_token_id, where=where)
     if config.data.sequence_length > teacher.max_sequence_length:
         raise InputError(
             f"data.sequence_length: {config.data.sequence_length} is over the {teacher.max_sequence_length} positions of the teacher"
         )
-    if config.training.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("training.wandb: wandb is not installed: pip install 'jaxdistill[wandb]'")
     config = _settled(config, teacher_folder)
     mesh = mesh_shape(config.mesh, num_devices or jax.device_count())
     _check_batch(config, mesh)

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -14,12 +15,14 @@ import jax
 @cache
 def configure() -> None:
     """Idempotent. What the user has set (JAX_COMPILATION_CACHE_DIR) is left alone."""
+    # Before the first question to jax: the threads of its backend keep the allocator settings that they find.
+    accelerator = any(find_spec(name) for name in ("jax_plugins", "libtpu"))
+    if sys.platform == "linux" and (not accelerator or os.environ.get("JAX_PLATFORMS") == "cpu"):
+        _keep_freed_memory()
     if jax.config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxdistill" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if jax.default_backend() == "cpu" and sys.platform == "linux":
-        _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:

@@ -35,7 +35,7 @@ def student_config(
       InputError: unknown name, no depth, heads that do not divide the hidden size.
     """
     if student.shape is not None and student.shape not in SHAPES:
-        raise InputError(f"{where}.shape: unknown shape {student.shape!r}{nearest(student.shape, SHAPES)}; or give num_layers and what else differs")
+        raise InputError(f"{where}.shape: unknown shape {student.shape!r}{nearest(student.shape, SHAPES)}; or give num_layers")
     names = ("num_layers", "num_heads", "hidden_size", "intermediate_size")
     sizes: dict[str, int | None] = dict(zip(names, SHAPES[student.shape], strict=True)) if student.shape else dict.fromkeys(names)
     sizes |= {name: getattr(student, name) for name in names if getattr(student, name) is not None}
@@ -68,7 +68,7 @@ def copied_layers(student: StudentConfig, config: EncoderConfig, teacher: Encode
     if student.initialise == "random":
         return None
     if student.initialise in ("first_k", "every_k") and depth > teacher.num_layers:
-        raise InputError(f"{where}.initialise: {student.initialise} needs a student no deeper than the teacher's {teacher.num_layers} layers")
+        raise InputError(f"{where}.initialise: {student.initialise} needs a student no deeper than the teacher ({teacher.num_layers})")
     if student.initialise == "first_k":
         layers = tuple(range(1, depth + 1))
     elif student.initialise == "every_k":
@@ -83,7 +83,9 @@ def copied_layers(student: StudentConfig, config: EncoderConfig, teacher: Encode
     for field in ("hidden_size", "intermediate_size", "num_heads"):
         ours, theirs = getattr(config, field), getattr(teacher, field)
         if ours != theirs:
-            raise InputError(f"{where}.initialise: copying teacher layers needs equal shapes: {field} is {ours}, the teacher's {theirs}; use random")
+            raise InputError(
+                f"{where}.initialise: copying teacher layers needs equal shapes: {field} is {ours}, the teacher's {theirs}; use random"
+            )
     return layers
 
 

@@ -46,6 +46,11 @@ class TrainState:
     students: dict[str, StudentState]
 
 
+def precision(dtype: str):
+    """Of the matrix products: float32 means float32 also where an accelerator would use fewer bits for it; a CPU has no other."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" and jax.default_backend() != "cpu" else None)
+
+
 @dataclass(frozen=True)
 class StepSettings:
     """What the step's code depends on beside the students. The teacher's parameters are an argument of the step."""
@@ -92,7 +97,8 @@ def evaluation_step(settings: StepSettings, students: Sequence[Student], trained
         parts = {s.name: student_parts(settings, s, trained[s.name], teacher, batch, None) for s in students}
         return carry, parts
 
-    _, parts = jax.lax.scan(micro, None, batch)
+    with precision(settings.dtype):
+        _, parts = jax.lax.scan(micro, None, batch)
     return jax.tree.map(jnp.sum, parts)
 
 
@@ -125,10 +131,11 @@ def train_step(
 
     trained = {name: student.trained for name, student in state.students.items()}
     gradient = jax.grad(losses, has_aux=True)
-    if num_micro == 1:
-        gradients, parts = gradient(trained, None, *jax.tree.map(lambda x: x[0], (batch, rows)))
-    else:
-        gradients, parts = _accumulate(losses, gradient, trained, batch, rows)
+    with precision(settings.dtype):
+        if num_micro == 1:
+            gradients, parts = gradient(trained, None, *jax.tree.map(lambda x: x[0], (batch, rows)))
+        else:
+            gradients, parts = _accumulate(losses, gradient, trained, batch, rows)
     state, metrics = _update(students, state, gradients, parts)
     return state, {"tokens": jnp.sum(batch["segment_ids"] > 0), "students": metrics}
 

@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite never reaches for a network
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 # Before the package is imported: every shape in a signature is checked at run time.
 _hook = install_import_hook("jaxdistill", "shape_checks.checked")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from jaxdistill.config import Config, apply_overrides, load_config
@@ -21,9 +22,32 @@ def test_yaml_round_trip():
 
 def test_numbers_with_an_exponent_need_no_dot(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("teacher: t\ndata: {sources: [a.txt]}\nstudents: {s: {num_layers: 3}}\noutput: o\noptimizer: {learning_rate: 5e-4, eps: 1E-6}\n")
+    start = "teacher: t\ndata: {sources: [a.txt]}\nstudents: {s: {num_layers: 3}}\noutput: o\n"
+    path.write_text(start + "optimizer: {learning_rate: 5e-4, eps: 1E-6}\n")
     assert load_config(path).optimizer.learning_rate == 5e-4
     assert load_config(path).optimizer.eps == 1e-6
+
+
+def test_strings_that_look_like_numbers_stay_strings():
+    source = {"dataset": "a/b", "revision": "1e2bd456789012345678901234567890abcdabcd"}
+    config = load_config(FIELDS | {"data": {"sources": [source]}}, ["teacher=5e3-bert"])
+    assert config.teacher == "5e3-bert"
+    import yaml
+
+    assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_keywords_go_over_the_file_section_by_section(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("teacher: t\ndata: {sources: [a.txt]}\nstudents: {s: {num_layers: 3}}\noutput: o\ntraining: {steps: 7, seed: 3}\n")
+    config = load_config(path, training={"steps": 9}, optimizer={"learning_rate": np.float32(0.5)})
+    assert (config.training.steps, config.training.seed, config.optimizer.learning_rate) == (9, 3, 0.5)
+
+
+def test_overrides_reach_the_default_objective_and_sources_written_as_strings():
+    config = load_config(FIELDS, ["objective.0.relation_heads=12", "data.sources.0.column=body"])
+    assert config.objective[0].relation_heads == 12
+    assert config.data.sources[0].path == "a.txt" and config.data.sources[0].column == "body"
 
 
 def test_overrides_reach_into_lists_and_new_sections_and_leave_the_input_alone():

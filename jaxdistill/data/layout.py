@@ -113,6 +113,14 @@ def remove_parts(folder: Path, *, except_fingerprint: str | None = None) -> None
             (folder / name).unlink()
 
 
+def remove_store(folder: Path) -> None:
+    """Deletes the manifest and all parts, and the folder if that leaves it empty."""
+    remove_parts(folder)
+    (folder / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the store's lock; while another process prepares the same store, says so and waits. The lock dies with its process."""

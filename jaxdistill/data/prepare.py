@@ -73,13 +73,16 @@ def _fingerprint(data: DataConfig, tokenizer: TextTokenizer, contents: list[dict
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
-def prepare(data: DataConfig, *, tokenizer: TextTokenizer, store: str | Path, progress: Progress | None = None) -> TokenStore:
+def prepare(
+    data: DataConfig, *, tokenizer: TextTokenizer, store: str | Path, progress: Progress | None = None, expected: str | None = None
+) -> TokenStore:
     """The token store of this text: the one in the folder `store` if it was made from the same input, else a new one there.
 
     A store of other input is replaced; what a killed prepare had finished is kept. While another process prepares the same store,
     waits for it.
 
     Args:
+      expected: fingerprint of the store that a run began with: that store is used as it lies, whatever became of its sources.
       progress: called again and again with documents, tokens (without special ones), bytes_done and bytes_total (of the files as
         they lie on disk; None if a source is on the Hub).
 
@@ -87,8 +90,12 @@ def prepare(data: DataConfig, *, tokenizer: TextTokenizer, store: str | Path, pr
       InputError: a source cannot be read or holds no text, a part of the split would be empty, or `store` holds other files.
     """
     folder = Path(store)
+    if expected is not None and _is_prepared(folder, expected):
+        return TokenStore(folder)
     contents = [source_fingerprint(source) for source in data.sources]
     fingerprint = _fingerprint(data, tokenizer, contents)
+    if expected not in (None, fingerprint):
+        raise InputError(f"data: the text or its tokenizer changed since the run began, and {folder} no longer holds what it read")
     if _is_prepared(folder, fingerprint):
         return TokenStore(folder)
     # The commit that the fingerprint names is the one to read, also if the dataset changes meanwhile.
@@ -107,7 +114,7 @@ def prepare(data: DataConfig, *, tokenizer: TextTokenizer, store: str | Path, pr
             try:
                 manifest = _build(_Job(data, tokenizer, folder, fingerprint, bytes_total, progress), sources)
             except InputError:
-                layout.remove_parts(folder)  # the input must change: no part of it would be used again
+                layout.remove_store(folder)  # the input must change: no part of it would be used again
                 raise
             layout.write_whole(folder / layout.MANIFEST, layout.to_json(manifest))
     return TokenStore(folder)

@@ -202,8 +202,16 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
         raise InputError(f"{where}: the dataset of the Hub cannot be opened: {error}") from error
     if stream.column_names is not None and source.column in stream.column_names:
         stream = stream.select_columns([source.column])  # the others of a parquet file are not downloaded
-    for number, example in enumerate(stream):
+    number, examples = 0, iter(stream)
+    while True:
+        try:
+            example = next(examples)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise InputError(f"{where}: the dataset of the Hub broke off at row {number}: {error}; start again to go on") from error
         yield _field(example, source.column, f"{where}, {source.split}, row {number}"), True
+        number += 1
 
 
 def _resolved_revision(source: SourceConfig) -> str:

@@ -131,8 +131,8 @@ def save_tokenizer(path_or_hub_id: str | Path, folder: str | Path, model_max_len
         settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_tokenizer(tokenizer: TextTokenizer, *, vocab_size: int, pad_token_id: int, where: str) -> None:
-    """Raises InputError when the tokenizer cannot be that of a model with these numbers; `where` names the tokenizer."""
+def check_tokenizer(tokenizer: TextTokenizer, *, vocab_size: int, pad_token_id: int | None, where: str) -> None:
+    """Raises InputError when the tokenizer cannot be that of a model with these numbers; `where` names it; pad_token_id None: any."""
     if tokenizer.vocab_size > vocab_size:
         raise InputError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the teacher's vocab_size is only {vocab_size}")
     if tokenizer.vocab_size < vocab_size - LARGEST_VOCABULARY_PADDING:
@@ -140,5 +140,5 @@ def check_tokenizer(tokenizer: TextTokenizer, *, vocab_size: int, pad_token_id: 
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the teacher's vocab_size is {vocab_size}; "
             "use the tokenizer the teacher was trained with"
         )
-    if tokenizer.pad_id != pad_token_id:
+    if pad_token_id is not None and tokenizer.pad_id != pad_token_id:
         raise InputError(f"{where}: the tokenizer pads with id {tokenizer.pad_id}, the teacher's pad_token_id is {pad_token_id}")

@@ -45,25 +45,30 @@ def layer_norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
-def embed(num: int, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Embed:
+def embed(num: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
     init = nnx.initializers.truncated_normal(config.initializer_range)
-    return nnx.Embed(num, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs)
+    return nnx.Embed(num, config.hidden_size, embedding_init=init, rngs=rngs)
+
+
+def look_up(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Rows of the table in float32, whatever the products are in: the gradient of a frequent token is a sum of thousands."""
+    return jnp.take(table.embedding[...], ids, axis=0).astype(jnp.float32)
 
 
 class Embeddings(nnx.Module):
     def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        self.word = embed(config.vocab_size, config, dtype, rngs)
-        self.position = embed(config.max_position_embeddings, config, dtype, rngs)
-        self.token_type = embed(config.type_vocab_size, config, dtype, rngs)
+        self.word = embed(config.vocab_size, config, rngs)
+        self.position = embed(config.max_position_embeddings, config, rngs)
+        self.token_type = embed(config.type_vocab_size, config, rngs)
         self.norm = layer_norm(config, rngs)
 
     def __call__(self, input_ids, token_type_ids, segment_ids, dropout: DropoutKeys | None):
-        x = self.word(input_ids) + self.position(position_ids(self.config, input_ids, segment_ids))
+        x = look_up(self.word, input_ids) + look_up(self.position, position_ids(self.config, input_ids, segment_ids))
         if token_type_ids is None:
-            x = x + self.token_type.embedding[None, :1].astype(self.dtype)
+            x = x + self.token_type.embedding[None, :1].astype(jnp.float32)
         else:
-            x = x + self.token_type(token_type_ids)
+            x = x + look_up(self.token_type, token_type_ids)
         x = self.norm(x).astype(self.dtype)
         return dropout.apply(x, self.config.hidden_dropout) if dropout else x
 

@@ -83,7 +83,11 @@ def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
         ("teacher=/no/such/folder", ["/no/such/folder: no such model folder"]),
         ("teacher=nobody/nothing", ["nobody/nothing: no such folder here", "the Hub could not be reached", "HF_HUB_OFFLINE"]),
         ("training.wandb=project", ["training.wandb:", "pip install 'jaxdistill[wandb]'"]),
-        ("data.sources.0.path=/no/such/text.jsonl", ["/no/such/text.jsonl"]),
+        ("data.sources.0.path=/no/such/text.jsonl", ["/no/such/text.jsonl: no such file"]),
+        ("data.sources.0.column=body", ["body", "text.jsonl"]),
+        ("data.sources.0.split=test", ["data.sources.0: split means nothing for a path"]),
+        ("optimizer.learning_rate=.inf", ["optimizer.learning_rate: ", "finite"]),
+        ("output=/dev/null/run", ["/dev/null/run"]),
         ("data.sources=[{path: /dev/null, colum: body}]", ["data.sources.0.colum: unknown field", "'column'"]),
         ("data.sources.0={dataset: nobody/nothing}", ["nobody/nothing"]),
     ],
@@ -91,14 +95,7 @@ def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
 def test_a_wrong_field(cli, config, tmp_path, override, parts):
     path = config()
     assert_refused(cli("distill", path, override), *parts)
-    left = {file.relative_to(tmp_path).parts[0] for file in tmp_path.rglob("*") if file.is_file()} - {"config.yaml"}
-    assert left <= {"run"}  # nothing outside the run
-    assert not list(tmp_path.glob("run/export/*")) and not list(tmp_path.glob("run/checkpoints/*"))
-
-
-def test_a_wrong_field_writes_nothing_at_all(cli, config, tmp_path):
-    assert_refused(cli("distill", config(), "objective.0.relation_heads=5"))
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["config.yaml"]
 
 
 def test_config_files(cli, tmp_path):
@@ -111,6 +108,10 @@ def test_config_files(cli, tmp_path):
     assert_refused(cli("inspect", tmp_path / "binary.yaml"), "binary.yaml: not a text file")
     (tmp_path / "folder").mkdir()
     assert_refused(cli("distill", tmp_path / "folder"), "a folder without config.yaml")
+    (tmp_path / "twice.yaml").write_text("students:\n  small: {num_layers: 1}\n  small: {num_layers: 2}\n")
+    assert_refused(cli("inspect", tmp_path / "twice.yaml"), "'small' is there twice", "line 3")
+    (tmp_path / "date.yaml").write_text("teacher: 2023-13-45\n")
+    assert_refused(cli("inspect", tmp_path / "date.yaml"), "date.yaml: not valid YAML")
     (tmp_path / "short.yaml").write_text("teacher: x\n")
     assert_refused(cli("distill", tmp_path / "short.yaml"), "short.yaml: data: missing", "(and 2 more)")
 
@@ -161,6 +162,15 @@ def test_an_output_that_is_not_a_run(cli, config, tmp_path):
     assert_refused(cli("distill", path, f"output={path}"), "is a file; give a folder")
 
 
+def test_a_config_of_ones_own_in_the_output_is_not_a_run(cli, config, tmp_path):
+    path = config()
+    (tmp_path / "run").mkdir()
+    own = tmp_path / "run" / "config.yaml"
+    own.write_text(path.read_text())
+    assert_refused(cli("distill", own, "--overwrite"), "holds a config.yaml that no run wrote")
+    assert own.read_text() == path.read_text()
+
+
 def test_texts(cli, config, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
@@ -186,7 +196,8 @@ def test_inspect_reads_no_text_and_writes_nothing(cli, config, tmp_path):
     code, out, err = cli("inspect", path)
     assert code == 0 and err == ""
     assert sorted(tmp_path.rglob("*")) == before
-    for part in ("precision: float32", "2<-4", "teacher runs to layer 4", "embeddings/word/embedding", "128 tokens a step", "128,000 in 1,000"):
+    shown = "precision: float32", "2<-4", "runs to layer 4", "embeddings/word/embedding", "128 tokens a step", "128,000 in 1,000"
+    for part in shown:
         assert part in out, part
 
 
@@ -202,7 +213,8 @@ def test_export_of_a_checkpoint(cli, config, tmp_path):
     code, out, _ = cli("export", run, "--to", to, "--dtype", "float16")
     assert (code, out) == (0, f"{to / 'small'}\n")
     half, full = load_file(to / "small" / "model.safetensors"), load_file(run / "export" / "small" / "model.safetensors")
-    assert {name: value.astype("float16").tobytes() for name, value in full.items()} == {name: value.tobytes() for name, value in half.items()}
+    assert full.keys() == half.keys()
+    assert all((full[name].astype("float16") == half[name]).all() for name in full)
     assert cli("export", run, "--to", to, "--step", "2", "--overwrite")[0] == 0
 
 
@@ -211,8 +223,8 @@ def test_quickstart_on_another_teacher_and_text(cli, ground, tmp_path):
     sentences = [f"The quiet river by the green mountain had {i} letters and seven walking stones." for i in range(120)]
     text.write_text("\n\n".join(" ".join(sentences[i : i + 3]) for i in range(0, 120, 3)))
     output = tmp_path / "run"
-    arguments = ("--teacher", ground.teacher, "--text", text, "--layers", 2, "--steps", 2, "--output", output, "--length", 32, "--relation-heads", 6)
-    code, out, err = cli("quickstart", *arguments)
+    sizes = ("--layers", 2, "--steps", 2, "--length", 32, "--relation-heads", 6)
+    code, out, err = cli("quickstart", "--teacher", ground.teacher, "--text", text, "--output", output, *sizes)
     assert code == 0, err
     for part in ("held-out relation KL", "Spearman", f'AutoModel.from_pretrained("{output}/export/2L")'):
         assert part in out, part

@@ -65,9 +65,10 @@ def kill_when(ground, folder: Path, condition) -> None:
     process.communicate()
 
 
-def assert_resumes_bit_equal(folder: Path, uninterrupted: Path) -> None:
+def assert_resumes_bit_equal(folder: Path, uninterrupted: Path, *, from_the_start: bool = False) -> None:
     code, _, err = finish(command("distill", folder / "run"))
     assert code == 0, err
+    assert ("going on from step" in err) is not from_the_start, err
     assert run_losses(folder) == run_losses(uninterrupted)
     expected, found = weights(uninterrupted), weights(folder)
     assert expected.keys() == found.keys()
@@ -104,7 +105,7 @@ def test_killed_before_the_first_checkpoint(ground, tmp_path, uninterrupted):
     folder = tmp_path / "killed"
     kill_when(ground, folder, lambda: (folder / "run" / "config.yaml").exists())
     assert not [name for name in checkpoint_folders(folder) if name.isdigit()]
-    assert_resumes_bit_equal(folder, uninterrupted)
+    assert_resumes_bit_equal(folder, uninterrupted, from_the_start=True)
 
 
 def test_goes_on_with_other_devices(ground, tmp_path, uninterrupted):
@@ -121,6 +122,7 @@ def test_goes_on_with_other_devices(ground, tmp_path, uninterrupted):
     for num_devices, process in processes.items():
         code, _, err = finish(process)
         assert code == 0, err
+        assert "going on from step" in err
         found = run_losses(tmp_path / str(num_devices))
         assert found.keys() == expected.keys()
         np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5, err_msg=str(num_devices))
@@ -138,4 +140,32 @@ def test_another_teacher_under_the_same_name_is_refused(ground, tmp_path):
     save_file(changed, teacher / "model.safetensors")
     code, _, err = finish(command("distill", config))
     assert code == 2
-    assert "teacher: the weights of the teacher changed" in err
+    assert "teacher: its weights changed" in err
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with(ground, tmp_path):
+    """The source changes or vanishes: the run has its token store, and nobody's hours are thrown away."""
+    text = tmp_path / "text.jsonl"
+    shutil.copy(ground.text, text)
+    config = write_config(ground, tmp_path / "a", data__sources=[str(text)], data__store=None, training__steps=4)
+    assert finish(command("distill", config))[0] == 0
+    checkpoint = tmp_path / "a" / "run" / "checkpoints" / "4"
+    shutil.rmtree(checkpoint)
+    text.write_text("")
+    code, _, err = finish(command("distill", config))
+    assert (code, checkpoint.is_dir()) == (0, True), err
+    assert "going on from step 2" in err
+    shutil.rmtree(checkpoint)
+    shutil.rmtree(tmp_path / "a" / "run" / "tokens")
+    text.write_text('{"text": "another text"}\n')
+    code, _, err = finish(command("distill", config))
+    assert code == 2 and "data: the text or its tokenizer changed" in err
+
+
+def test_a_second_process_is_refused_while_the_first_works(ground, tmp_path):
+    config = write_config(ground, tmp_path / "a", **STEPS)
+    first = command("distill", config)
+    wait_for(first, lambda: (tmp_path / "a" / "run" / "config.yaml").exists())
+    code, _, err = finish(command("distill", config, "--overwrite"))
+    assert code == 2 and "another process is working on the run" in err
+    assert finish(first)[0] == 0
