@@ -68,7 +68,9 @@ def copied_layers(student: StudentConfig, config: EncoderConfig, teacher: Encode
     if student.initialise == "random":
         return None
     if student.initialise in ("first_k", "every_k") and depth > teacher.num_layers:
-        raise InputError(f"{where}.initialise: {student.initialise} needs a student no deeper than the teacher ({teacher.num_layers})")
+        raise InputError(
+            f"{where}.initialise: {student.initialise} needs a student no deeper than the teacher's {teacher.num_layers} layers"
+        )
     if student.initialise == "first_k":
         layers = tuple(range(1, depth + 1))
     elif student.initialise == "every_k":
