@@ -15,13 +15,13 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
     """4,096 contributions to one row: summed in bfloat16, those after the first few hundred would be lost."""
     config = tiny_config(hidden_size=16, num_heads=2)
     params, layer_zero = random_params(config), Feature("hidden", 0)
-    ids = np.full((128, 32), 7, np.int32)
+    ids = jnp.full((128, 32), 7, jnp.int32)
     weights = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, (128, 32, 16)), jnp.float32)
 
     def gradient(dtype: str) -> np.ndarray:
         def loss(embedding):
             changed = params | {"embeddings": params["embeddings"] | {"word": {"embedding": embedding}}}
-            hidden = forward(config, changed, ids, np.ones_like(ids), features=frozenset([layer_zero]), dtype=dtype)[layer_zero]
+            hidden = forward(config, changed, ids, jnp.ones_like(ids), features=frozenset([layer_zero]), dtype=dtype)[layer_zero]
             assert hidden.dtype == dtype
             return jnp.sum(hidden.astype(jnp.float32) * weights)
 
