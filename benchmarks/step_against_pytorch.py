@@ -8,9 +8,9 @@ three updates with dropout off, on padded rows, and must agree on the losses; th
 two at a time, in alternating rounds. Only steps during which other processes left the cores alone are counted.
 
 Rows "malloc" give PyTorch the allocator settings that `jaxdistill.runtime` sets for itself; given to jaxdistill from outside
-they must change nothing. Rows "AVX-512" (AMD only) undo
-that PyTorch's MKL refuses AVX-512 on a CPU that is not Intel's: a preloaded library says that it is one. No user would know to
-do so; without these rows the table would credit JAX with what MKL withholds.
+they must change nothing. Rows "AVX-512" (AMD only) undo that PyTorch's MKL refuses AVX-512 on a CPU that is not Intel's: a
+preloaded library says that it is one. Hardly a user knows to do so; without these rows the table would credit JAX with what MKL
+withholds.
 """
 
 from __future__ import annotations
@@ -84,11 +84,13 @@ def timed(step: Callable[[], object]) -> tuple[float, float, int]:
 
 
 def measure(step: Callable[[], object], job: dict) -> dict:
-    """Times of `step` (which must wait for its results): undisturbed ones, as many as asked for, while the patience lasts."""
+    """Times of `step` (which must wait for its results): undisturbed ones, as many as asked for; past the patience, any."""
     for _ in range(3):
         step()
     until, results = time.monotonic() + job["patience"], []
-    while sum(share <= DISTURBED for _, share, _ in results) < job["steps"] and time.monotonic() < until:
+    while sum(share <= DISTURBED for _, share, _ in results) < job["steps"]:
+        if len(results) >= job["steps"] and time.monotonic() > until:
+            break
         if not results or results[-1][1] > DISTURBED:
             wait_until_idle(until)
         results.append(timed(step))

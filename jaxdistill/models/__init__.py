@@ -5,6 +5,7 @@ The parameters of a model are {"embeddings": ..., "layers": {"01": ...}} and, wh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from functools import lru_cache
 from types import EllipsisType
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdistill.features import EncoderOutput, Feature, all_features
+from jaxdistill.features import EncoderOutput, Feature, all_features, deepest_layer
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.dropout import DropoutKeys
 from jaxdistill.models.encoder import Encoder, layer_name
@@ -96,7 +97,10 @@ def forward(
             raise ValueError(f"no {feature.kind} of layer {feature.layer}: the encoder has layers 1..{config.num_layers} (hidden also 0)")
     if input_ids.shape[1] > config.max_sequence_length:
         raise ValueError(f"sequence length {input_ids.shape[1]} is over the encoder's {config.max_sequence_length} positions")
-    encoder = _module(Encoder, config, dtype, {name: params[name] for name in ("embeddings", "layers")})
+    # No deeper than it is read: the blocks above need not even be there.
+    config = dataclasses.replace(config, num_layers=deepest_layer(features))
+    layers = {name: params["layers"][name] for name in map(layer_name, range(1, config.num_layers + 1))}
+    encoder = _module(Encoder, config, dtype, {"embeddings": params["embeddings"], "layers": layers})
     return encoder(input_ids, attention_mask, token_type_ids, segment_ids, features=features, dropout=dropout)
 
 

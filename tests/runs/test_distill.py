@@ -178,6 +178,12 @@ def test_the_teacher_is_run_only_as_deep_as_it_is_read(step, ground):
     assert place_teacher(run, params, mesh)["layers"].keys() == {"01", "02", "03", "04"}
 
 
+def test_a_middle_layer_of_the_teacher(ground, tmp_path):
+    objective = [{"layer_map": {"strategy": "teacher_layer", "teacher_layer": 3}, "relation_heads": 6}]
+    result = jaxdistill.distill(ground.config(tmp_path / "run", mesh={"data": 8}, objective=objective, training__steps=2))
+    assert np.isfinite(losses(result.history)).all()
+
+
 def test_every_argument_of_the_step_is_used_and_the_state_is_donated(step):
     _, compiled, state, *_ = step
     text = compiled.as_text()
