@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class TextTokenizer:
 
 def _load(path_or_hub_id: str | Path) -> Any:
     """The Hugging Face tokenizer; raises InputError when there is none that this toolkit can use."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no PyTorch: none is needed
     from transformers import AutoTokenizer
 
     folder = Path(path_or_hub_id)
