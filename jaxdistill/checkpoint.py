@@ -104,14 +104,14 @@ def begin_output(config: Config, *, goes_on: bool) -> None:
     temporary.replace(folder / "config.yaml")
 
 
-def saved_identity(config: Config) -> dict[str, str] | None:
-    """What the run in the output folder learned from until its newest checkpoint; None without a checkpoint."""
+def newest_record(config: Config) -> dict[str, Any] | None:
+    """The record beside the newest checkpoint of the run in the output folder; None without a checkpoint."""
     folder = Path(config.output) / "checkpoints"
     if not folder.is_dir():
         return None
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.latest()
-        return None if step is None else checkpoints.record(step)["identity"]
+        return None if step is None else checkpoints.record(step)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

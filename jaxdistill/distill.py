@@ -25,9 +25,9 @@ from jaxdistill.checkpoint import (
     check_output,
     check_teacher,
     hold_output,
+    newest_record,
     run_identity,
     run_record,
-    saved_identity,
 )
 from jaxdistill.config import Config, load_config
 from jaxdistill.data import TokenStore, prepare
@@ -82,11 +82,11 @@ def distill(
     goes_on = check_output(run.config, overwrite=overwrite)
     _, teacher_params = load_pretrained(run.teacher_folder)
     with hold_output(run.config):
-        identity = saved_identity(run.config) if goes_on else None
-        if identity:
-            check_teacher(run, identity)
+        record = newest_record(run.config) if goes_on else None
+        if record:
+            check_teacher(run, record["identity"])
         with preparing("Preparing text") as report:
-            expected = identity and identity["data"]
+            expected = record and record["identity"]["data"]
             store = prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report, expected=expected)
         begin_output(run.config, goes_on=goes_on)
         mesh = create_mesh(run.config.mesh)
@@ -95,7 +95,8 @@ def distill(
                 progress.say(line)
             state = train(run, store, mesh, teacher_params, progress)
         params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
-        exports = export_run(run, params, teacher_params)
+        complete = record is not None and record["step"] == run.config.training.steps
+        exports = export_run(run, params, teacher_params, keep=complete)
         history = read_history(run.output)
         report_run(run, history, exports)
     return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, history, exports, run.output)

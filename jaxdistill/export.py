@@ -43,11 +43,11 @@ def export_student(
     return folder
 
 
-def export_run(run: Run, params: dict[str, dict], teacher_params: dict) -> dict[str, Path]:
-    """RUN/export/<student> for every student; the main process writes."""
+def export_run(run: Run, params: dict[str, dict], teacher_params: dict, *, keep: bool = False) -> dict[str, Path]:
+    """RUN/export/<student> for every student; `keep` leaves a folder that is there as it is."""
     folders = {student.name: run.output / "export" / student.name for student in run.students}
-    if jax.process_index() == 0:
-        for name, folder in folders.items():
+    for name, folder in folders.items():
+        if not (keep and folder.is_dir()):
             export_run_student(run, name, params[name], teacher_params, folder, dtype=run.config.export.dtype)
     return folders
 

@@ -20,7 +20,7 @@ from jaxdistill.errors import InputError
 FILE_NAME = "metrics.jsonl"
 
 
-def merge(sums_and_counts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+def merge(sums_and_counts: Iterable[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
     """Total sum over total count of every name, over all steps (or batches) at once.
 
     One division, because a mean of means would weigh a batch with few tokens like a full one. A name may be missing from
