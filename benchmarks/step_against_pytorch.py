@@ -262,7 +262,7 @@ def machine(threads: int) -> str:
 
 def table(results: dict[str, list[dict]], tokens: int) -> list[str]:
     """Medians over all steps of all rounds; the ratio's range is that of the rounds' own medians."""
-    lines = ["| side | step, median | 10 % to 90 % of steps | tokens/s | jaxdistill is faster by (rounds) | page faults a step | others' share |"]
+    lines = ["| side | step, median | 10 % to 90 % of steps | tokens/s | jaxdistill is faster by (rounds) | page faults a step | others' share |"]  # noqa: E501
     lines.append("|---|---|---|---|---|---|---|")
     ours = results[OURS]
     for name, rounds in results.items():
@@ -288,7 +288,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a side in a round")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--patience", type=float, default=300, help="seconds that a side may spend in a round on finding steps undisturbed by other processes")
+    parser.add_argument("--patience", type=float, default=300, help="seconds that a side may spend in a round on finding steps undisturbed by other processes")  # noqa: E501
     parser.add_argument("--run-jax", type=Path, help=argparse.SUPPRESS)  # the JAX side, in its own process
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
