@@ -96,7 +96,7 @@ def measure(step: Callable[[], object], job: dict) -> dict:
         results.append(timed(step))
     best = sorted(results, key=lambda result: (result[1] > DISTURBED and result[1]))[: job["steps"]]
     seconds, shares, faults = (list(column) for column in zip(*best, strict=True))
-    return {"seconds": seconds, "others": max(shares), "faults": faults, "disturbed": len(results) - len(best)}
+    return {"seconds": seconds, "others": max(shares), "faults": faults, "disturbed": sum(share > DISTURBED for share in shares)}
 
 
 def run_jax(folder: Path, check: bool) -> dict:
@@ -225,9 +225,8 @@ def run_side(side: Side, folder: Path, threads: int, *extra: str) -> dict:
 
 def measured(side: Side, folder: Path, threads: int) -> dict:
     result = run_side(side, folder, threads)
-    milliseconds, others = np.median(result["seconds"]) * 1e3, result["others"]
-    note = f"{result['disturbed']} disturbed steps left out, in the others other processes used up to {others:.0%} of the cores"
-    print(f"  {side.name}: {milliseconds:.0f} ms; {note}", file=sys.stderr, flush=True)
+    note = f"{result['disturbed']} of {len(result['seconds'])} steps disturbed, at worst by {result['others']:.0%} of the cores"
+    print(f"  {side.name}: {np.median(result['seconds']) * 1e3:.0f} ms; {note}", file=sys.stderr, flush=True)
     return result
 
 
