@@ -4,6 +4,9 @@ One masking rule: a padded key (mask 0, or with packed rows a key of another seg
 query never counts. The division happens once, over the global batch.
 """
 
+from jaxdistill.losses.contrastive import hidden_contrastive
+from jaxdistill.losses.hidden import first_tokens, hidden_cosine, hidden_mse
+from jaxdistill.losses.output import mlm_cross_entropy, output_kl
 from jaxdistill.losses.relations import relation_kl
 
-__all__ = ["relation_kl"]
+__all__ = ["first_tokens", "hidden_contrastive", "hidden_cosine", "hidden_mse", "mlm_cross_entropy", "output_kl", "relation_kl"]
