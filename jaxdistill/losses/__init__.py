@@ -4,9 +4,23 @@ One masking rule: a padded key (mask 0, or with packed rows a key of another seg
 query never counts. The division happens once, over the global batch.
 """
 
+from jaxdistill.losses.attention import attention_kl, attention_mse
 from jaxdistill.losses.contrastive import hidden_contrastive
+from jaxdistill.losses.direct import direct_mse
 from jaxdistill.losses.hidden import first_tokens, hidden_cosine, hidden_mse
 from jaxdistill.losses.output import mlm_cross_entropy, output_kl
-from jaxdistill.losses.relations import relation_kl
+from jaxdistill.losses.relations import relation_kl, relation_mse
 
-__all__ = ["first_tokens", "hidden_contrastive", "hidden_cosine", "hidden_mse", "mlm_cross_entropy", "output_kl", "relation_kl"]
+__all__ = [
+    "attention_kl",
+    "attention_mse",
+    "direct_mse",
+    "first_tokens",
+    "hidden_contrastive",
+    "hidden_cosine",
+    "hidden_mse",
+    "mlm_cross_entropy",
+    "output_kl",
+    "relation_kl",
+    "relation_mse",
+]
