@@ -16,15 +16,14 @@ from flax import nnx
 
 from jaxdistill.features import EncoderOutput, Feature, all_features, deepest_layer
 from jaxdistill.models.config import EncoderConfig
-from jaxdistill.models.dropout import DropoutKeys
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import MLMHead, Pooler
 from jaxdistill.models.hub import find_model, weights_sha256
 from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained
+from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Float, Int, Key, Num
 
 __all__ = [
-    "DropoutKeys",
     "EncoderConfig",
     "encode",
     "find_model",
@@ -40,6 +39,7 @@ __all__ = [
 ]
 
 Params = dict
+DropoutKeys = RowKeys
 
 
 @lru_cache(maxsize=64)
@@ -79,7 +79,7 @@ def forward(
     segment_ids: Int[Array, "B S"] | None = None,
     *,
     features: frozenset[Feature],
-    dropout: DropoutKeys | None = None,
+    dropout: RowKeys | None = None,
     dtype=jnp.float32,
 ) -> EncoderOutput:
     """The features asked for, and no computation above the deepest of them. Without `dropout` it is deterministic.

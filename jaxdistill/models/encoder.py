@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxdistill.features import EncoderOutput, Feature, deepest_layer
 from jaxdistill.models.config import EncoderConfig
-from jaxdistill.models.dropout import DropoutKeys
+from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Bool, Float, Int, Num
 
 
@@ -63,14 +63,14 @@ class Embeddings(nnx.Module):
         self.token_type = embed(config.type_vocab_size, config, rngs)
         self.norm = layer_norm(config, rngs)
 
-    def __call__(self, input_ids, token_type_ids, segment_ids, dropout: DropoutKeys | None):
+    def __call__(self, input_ids, token_type_ids, segment_ids, dropout: RowKeys | None):
         x = look_up(self.word, input_ids) + look_up(self.position, position_ids(self.config, input_ids, segment_ids))
         if token_type_ids is None:
             x = x + self.token_type.embedding[None, :1].astype(jnp.float32)
         else:
             x = x + look_up(self.token_type, token_type_ids)
         x = self.norm(x).astype(self.dtype)
-        return dropout.apply(x, self.config.hidden_dropout) if dropout else x
+        return dropout.dropout(x, self.config.hidden_dropout) if dropout else x
 
 
 class Block(nnx.Module):
@@ -86,16 +86,16 @@ class Block(nnx.Module):
         self.output = linear(inner, width, config, dtype, rngs)
         self.output_norm = layer_norm(config, rngs)
 
-    def __call__(self, x, query, key, value, visible, dropout: DropoutKeys | None):
+    def __call__(self, x, query, key, value, visible, dropout: RowKeys | None):
         config = self.config
         context = self.attention_output(attention(query, key, value, visible, config, dropout))
         x = self._add_and_norm(x, context, self.attention_norm, dropout)
         inner = ACTIVATIONS[config.activation](self.intermediate(x))
         return self._add_and_norm(x, self.output(inner), self.output_norm, dropout)
 
-    def _add_and_norm(self, x, update, norm, dropout: DropoutKeys | None):
+    def _add_and_norm(self, x, update, norm, dropout: RowKeys | None):
         if dropout:
-            update = dropout.apply(update, self.config.hidden_dropout)
+            update = dropout.dropout(update, self.config.hidden_dropout)
         return norm(x + update).astype(self.dtype)
 
 
@@ -115,7 +115,7 @@ class Encoder(nnx.Module):
         segment_ids: Int[Array, "B S"] | None,
         *,
         features: frozenset[Feature],
-        dropout: DropoutKeys | None,
+        dropout: RowKeys | None,
     ) -> EncoderOutput:
         output = EncoderOutput({}, {}, {}, {})
         x = self.embeddings(input_ids, token_type_ids, segment_ids, dropout)
@@ -145,7 +145,7 @@ def attention(
     value: Float[Array, "B S D"],
     visible: Bool[Array, "B 1 S Q"],
     config: EncoderConfig,
-    dropout: DropoutKeys | None,
+    dropout: RowKeys | None,
 ) -> Float[Array, "B S D"]:
     """Scaled dot-product attention; a key that is not visible gets no probability, a query without any stays finite.
 
@@ -158,7 +158,7 @@ def attention(
     scores = scores * jnp.float32(config.head_size**-0.5)
     weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-2)
     if dropout:
-        weights = dropout.apply(weights, config.attention_dropout)
+        weights = dropout.dropout(weights, config.attention_dropout)
     context = jnp.einsum("bnkq,bknh->bqnh", weights.astype(value.dtype), value)
     return context.reshape(batch, length, width)
 

@@ -9,7 +9,8 @@ import pytest
 from tiny_models import random_params, tiny_config, tiny_rows
 
 from jaxdistill.features import Feature
-from jaxdistill.models import DropoutKeys, forward
+from jaxdistill.models import forward
+from jaxdistill.row_keys import RowKeys
 
 RATE, PLACES = 0.1, 4096
 
@@ -17,8 +18,8 @@ RATE, PLACES = 0.1, 4096
 @partial(jax.jit, static_argnames=("rate", "sites", "shape"))
 def masks(seed, rows, *, rate=RATE, sites=1, shape=(PLACES,)) -> jax.Array:
     """[site, row, ...]: what dropout makes of ones."""
-    keys = DropoutKeys.create(jax.random.key(seed), rows)
-    return jnp.stack([keys.apply(jnp.ones((rows.shape[0], *shape)), rate) for _ in range(sites)])
+    keys = RowKeys.create(jax.random.key(seed), rows)
+    return jnp.stack([keys.dropout(jnp.ones((rows.shape[0], *shape)), rate) for _ in range(sites)])
 
 
 def rows(*numbers) -> jax.Array:
@@ -85,15 +86,15 @@ def test_shape_only_orders_the_places():
 
 
 def test_rate_of_zero_leaves_the_array_and_counts_as_a_site():
-    keys = DropoutKeys.create(jax.random.key(3), rows(0, 1))
+    keys = RowKeys.create(jax.random.key(3), rows(0, 1))
     x = jnp.ones((2, PLACES))
-    assert keys.apply(x, 0.0) is x
-    assert np.array_equal(keys.apply(x, RATE), masks(3, rows(0, 1), sites=2)[1])
+    assert keys.dropout(x, 0.0) is x
+    assert np.array_equal(keys.dropout(x, RATE), masks(3, rows(0, 1), sites=2)[1])
 
 
 def test_type_is_kept():
-    keys = DropoutKeys.create(jax.random.key(0), rows(0))
-    dropped = keys.apply(jnp.ones((1, 64), jnp.bfloat16), 0.5)
+    keys = RowKeys.create(jax.random.key(0), rows(0))
+    dropped = keys.dropout(jnp.ones((1, 64), jnp.bfloat16), 0.5)
     assert dropped.dtype == jnp.bfloat16 and set(np.asarray(dropped, np.float32).ravel()) == {0.0, 2.0}
 
 
@@ -104,7 +105,7 @@ IDS, MASK = tiny_rows(CONFIG, ((0, 10),) * 8, 10)
 
 @partial(jax.jit, static_argnums=0)
 def last_hidden(config, seed, numbers, ids, mask):
-    keys = DropoutKeys.create(jax.random.key(seed), numbers)
+    keys = RowKeys.create(jax.random.key(seed), numbers)
     output = forward(config, PARAMS, ids, mask, features=frozenset({Feature("hidden", 2)}), dropout=keys)
     assert keys.site == 1 + 2 * 3  # after the embeddings; in each block on the weights, the attention's output and the block's
     return output.hidden[2]
