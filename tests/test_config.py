@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxdistill.config import Config, apply_overrides, load_config
+from jaxdistill.config import Config, load_config
+from jaxdistill.config.load import apply_overrides
 from jaxdistill.errors import InputError
 
 FIELDS = {"teacher": "t", "data": {"sources": ["a.txt"]}, "students": {"s": {"num_layers": 3}}, "output": "o"}

@@ -1,0 +1,229 @@
+"""Configs from YAML, dicts and key=value overrides; every error is one line that names the path of the field."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from jaxdistill.config import sections, terms
+from jaxdistill.config.sections import Config
+from jaxdistill.config.terms import KINDS, Section
+from jaxdistill.errors import InputError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 5e-4 as a number (YAML 1.1 wants 5.0e-4 and else gives a string), and refuses a key said twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.value[i][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes the strings that the loader would read as numbers."""
+
+
+for _kind in (_Loader, Dumper):
+    _float = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _float, list("-+.0123456789"))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: a date that is none; TypeError: a list as a key
+        raise InputError(f"{where}: not valid YAML: {error}") from None
+
+
+def read_config_file(path: str | Path) -> dict:
+    """The mapping in a YAML file; a run folder stands for the config that it holds, with its output where it lies now."""
+    path, folder = Path(path), None
+    if path.is_dir():
+        folder = path.absolute()
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path}: a folder without config.yaml; give a config file or the folder of a run")
+        path = path / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{path}: no such config file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file; a config is YAML in UTF-8") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a config is a mapping of fields (teacher, data, students, output), got {type(values).__name__}")
+    return values | {"output": str(folder)} if folder else values
+
+
+def apply_overrides(values: Mapping, overrides: Sequence[str]) -> dict:
+    """`values` with each `path.to.field=value` set; the value is read as YAML, list items are named by number."""
+    result: Any = _plain(values)  # a deep copy in plain types
+    data = result.get("data")
+    if isinstance(data, dict) and isinstance(data.get("sources"), list):  # so that a source written as a string has its fields
+        data["sources"] = [{"path": source} if isinstance(source, str) else source for source in data["sources"]]
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path:
+            raise InputError(f"override {override!r}: write key=value, as in training.steps=1000")
+        node, keys = result, path.split(".")
+        for i, key in enumerate(keys):
+            last = i == len(keys) - 1
+            if isinstance(node, list):
+                if not key.isdigit() or int(key) >= len(node):
+                    raise InputError(f"override {override!r}: {'.'.join(keys[:i])} is a list of {len(node)}; items have numbers from 0")
+                key = int(key)
+            elif not isinstance(node, dict):
+                raise InputError(f"override {override!r}: {'.'.join(keys[:i])} is a single value, it has no field {key!r}")
+            if last:
+                node[key] = _parse_yaml(text, f"override {override!r}")
+            elif isinstance(node, dict) and node.get(key) is None:
+                node[key] = [{}] if keys[i + 1] == "0" else {}  # objective.0.weight changes the default term
+            node = node[key]
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):  # a number of NumPy
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
+
+
+def _merged(values: Mapping, fields: Mapping) -> dict:
+    """`fields` over `values`, section by section."""
+    sections = {key for key in fields if isinstance(fields[key], Mapping) and isinstance(values.get(key), Mapping)}
+    return {**values, **fields, **{key: _merged(values[key], fields[key]) for key in sections}}
+
+
+def _section_at(location: Sequence[str | int]) -> type[Section]:
+    """The section at this place of the config; names of terms stand in the place as pydantic puts them there."""
+    known = {name: kind for module in (sections, terms) for name, kind in vars(module).items() if isinstance(kind, type)}
+    model: type[Section] = Config
+    for key in location:
+        if key in KINDS:
+            model = KINDS[str(key)]
+        elif key in known and issubclass(known[str(key)], Section):  # the branch of a union
+            model = known[str(key)]
+        elif key in model.model_fields:
+            found = re.findall(r"\b([A-Z]\w+)\b", repr(model.model_fields[str(key)].annotation))
+            model = next((known[name] for name in found if issubclass(known.get(name, str), Section)), model)
+    return model
+
+
+# What pydantic puts into a place beside the user's own path: branches of unions.
+_BRANCH = re.compile(
+    r"(literal|tuple|list|function-\w+|nullable|constrained-\w+|tagged-union|dict)(\[.*)?|int|float|str|bool|[A-Z]\w+", re.DOTALL
+)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    parts = []
+    for i, key in enumerate(location):
+        branch = isinstance(key, str) and _BRANCH.fullmatch(key) and (key[0].islower() or hasattr(sections, key) or hasattr(terms, key))
+        tag = key in KINDS and i > 0 and isinstance(location[i - 1], int)
+        if not (branch and i > 0 and ("[" in key or location[i - 1] != "students")) and not tag:
+            parts.append(str(key))
+    return ".".join(parts)
+
+
+def _one_line(error: pydantic.ValidationError) -> str:
+    problems = error.errors()
+    # An unknown key often explains the others (a missing one beside it): say it first.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    path = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        message = f"unknown field{nearest(str(first['loc'][-1]), list(_section_at(first['loc'][:-1]).model_fields))}"
+    elif first["type"] == "union_tag_invalid":
+        kind = first["ctx"]["tag"]
+        path, message = f"{path}.kind", f"unknown term {kind!r}{nearest(kind, KINDS)}"
+    elif first["type"] == "missing":
+        message = "missing; this field is required"
+    else:
+        got = first["input"]
+        shown = f", got {got!r}" if first["type"] != "value_error" and isinstance(got, (str, int, float, type(None))) else ""
+        message = first["msg"].removeprefix("Value error, ") + shown
+    others = {_path(problem["loc"]) for problem in problems} - {path}  # of a union, every branch has its complaint about one place
+    others = [other for other in others if not path.startswith(f"{other}.") and not other.startswith(f"{path.rpartition('.')[0]}.")]
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{path or 'config'}: {message}{more}"
+
+
+def expand_grid(values: Mapping) -> dict:
+    """`values` with its `grid` (a list of axes, each a mapping of name -> student fields) multiplied out into `students`.
+
+    A cell is named by its values, joined with dots; later axes go over earlier ones.
+
+    Raises:
+      InputError: an axis that is no mapping of names to mappings, or a cell whose name a student has already.
+    """
+    grid = values.get("grid")
+    if grid is None:
+        return {key: value for key, value in values.items() if key != "grid"}
+    if not isinstance(grid, list) or not grid:
+        raise InputError("grid: a list of axes is needed, each a mapping of names to fields of a student")
+    for i, axis in enumerate(grid):
+        if not isinstance(axis, Mapping) or not axis or not all(isinstance(fields, Mapping) for fields in axis.values()):
+            raise InputError(f"grid.{i}: an axis is a mapping of names to fields of a student, as in {{6L: {{shape: 6L}}}}")
+    students = dict(values.get("students") or {})
+    for names in itertools.product(*grid):
+        fields: dict = {}
+        for axis, name in zip(grid, names, strict=True):
+            fields = _merged(fields, axis[name])
+        cell = ".".join(map(str, names))
+        if cell in students:
+            raise InputError(f"grid: the cell {cell!r} is in students already")
+        students[cell] = fields
+    return {key: value for key, value in values.items() if key != "grid"} | {"students": students}
+
+
+def select_students(config: Config, patterns: Sequence[str]) -> Config:
+    """The config with those students alone whose names match one of the patterns (as in a shell); none given: all.
+
+    Raises:
+      InputError: a pattern that no student matches.
+    """
+    names = list(config.students)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"--student: no student matches {pattern!r}{nearest(pattern, names)}")
+    kept = [name for name in names if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    return config.model_copy(update={"students": {name: config.students[name] for name in kept}})
+
+
+def load_config(config: Config | Mapping | str | Path | None = None, overrides: Sequence[str] = (), **fields: Any) -> Config:
+    """A checked config from a file, a run folder, a dict or keyword arguments, which go over it; `overrides`: key=value strings.
+
+    Raises:
+      InputError: one line that names the file and the field, and what would be right.
+    """
+    where = ""
+    if isinstance(config, Config):
+        values: dict = config.model_dump(mode="json")
+    elif isinstance(config, (str, Path)):
+        values, where = read_config_file(config), f"{config}: "
+    else:
+        values = dict(config or {})
+    try:
+        values = expand_grid(apply_overrides(_merged(values, fields), overrides))
+    except InputError as error:
+        raise InputError(f"{where}{error}" if str(error).startswith("grid") else str(error)) from None
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise InputError(where + _one_line(error)) from None
