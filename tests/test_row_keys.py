@@ -98,6 +98,20 @@ def test_type_is_kept():
     assert dropped.dtype == jnp.bfloat16 and set(np.asarray(dropped, np.float32).ravel()) == {0.0, 2.0}
 
 
+def test_bits_are_uniform_words():
+    keys = RowKeys.create(jax.random.key(1), rows(0, 1, 2, 3))
+    words = np.stack([np.asarray(keys.bits((4, 64, 64))) for _ in range(4)])
+    assert words.dtype == np.uint32 and keys.site == 4
+    assert len(np.unique(words)) > words.size - 10  # of 2^16 words among 2^32, half a pair is equal
+    for bit in range(32):
+        assert abs((words >> np.uint32(bit) & np.uint32(1)).mean() - 0.5) < 4 * 0.5 / words.size**0.5
+
+
+def test_dropout_keeps_the_large_words():
+    bits = RowKeys.create(jax.random.key(3), rows(0, 1)).bits((2, PLACES))
+    assert np.array_equal(np.asarray(masks(3, rows(0, 1)))[0] > 0, np.asarray(bits) >= np.uint32(round(RATE * 2**32)))
+
+
 CONFIG = tiny_config(num_layers=2, hidden_dropout=0.1, attention_dropout=0.2)
 PARAMS = random_params(CONFIG)
 IDS, MASK = tiny_rows(CONFIG, ((0, 10),) * 8, 10)

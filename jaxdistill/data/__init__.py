@@ -1,5 +1,6 @@
 """Text to batches: tokenizer, sources, the token store and its reader."""
 
+from jaxdistill.data.masking import NOT_PREDICTED, Masking, mask_tokens
 from jaxdistill.data.order import RowOrder
 from jaxdistill.data.prepare import is_held_out, prepare
 from jaxdistill.data.reader import Batch, TokenStore, batches, held_out_rows
@@ -8,8 +9,10 @@ from jaxdistill.data.sources import DocumentCounts, read_documents, source_finge
 from jaxdistill.data.tokenizer import TextTokenizer, check_tokenizer, load_tokenizer, save_tokenizer
 
 __all__ = [
+    "NOT_PREDICTED",
     "Batch",
     "DocumentCounts",
+    "Masking",
     "RowOrder",
     "TextTokenizer",
     "TokenStore",
@@ -18,6 +21,7 @@ __all__ = [
     "held_out_rows",
     "is_held_out",
     "load_tokenizer",
+    "mask_tokens",
     "pack_documents",
     "prepare",
     "read_documents",
