@@ -41,10 +41,11 @@ def relation_kl(
     """The numbers of `losses.relation_kl`; no gradient reaches the teacher. Under a mesh each device does its own rows and heads."""
     check_keys(student_keys, teacher_keys)
     # A side is (vectors,) or (queries, keys): its first and last are what is multiplied.
-    sides = tuple(
+    student, teacher = (
         tuple(zero_padding(x, mask) for x in side if x is not None) for side in ((student, student_keys), (teacher, teacher_keys))
     )
-    for vectors in (*sides[0], *sides[1]):
+    teacher = jax.lax.stop_gradient(teacher)
+    for vectors in (*student, *teacher):
         if vectors.shape[-1] % num_relation_heads:
             raise ValueError(f"{num_relation_heads} relation heads do not divide the hidden size {vectors.shape[-1]}")
     segments = (mask > 0).astype(jnp.int32) if segment_ids is None else jnp.where(mask > 0, segment_ids, 0)
@@ -52,8 +53,8 @@ def relation_kl(
     mesh = jax.sharding.get_abstract_mesh()
     batch, heads = LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["heads"]
     if mesh.empty or mesh.size == 1:
-        return _divergence(*sides, segments, num_relation_heads), count
-    if student.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return _divergence(student, teacher, segments, num_relation_heads), count
+    if mask.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         batch = None
     if num_relation_heads % mesh.shape["tensor"]:
         heads = None
@@ -65,7 +66,7 @@ def relation_kl(
 
     vectors, rows = PartitionSpec(batch, None, heads), PartitionSpec(batch)
     total = jax.shard_map(local, in_specs=(vectors, vectors, rows), out_specs=PartitionSpec(), check_vma=False)
-    return total(*sides, segments), count
+    return total(student, teacher, segments), count
 
 
 def attention_kl(

@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from relation_examples import divergence_by_loops, make_segments, make_vectors
+from relation_examples import (
+    PACKED,
+    TEXTS,
+    assert_close,
+    divergence_by_loops,
+    finite_difference,
+    make_segments,
+    make_vectors,
+    one_text_a_row,
+    places_of_texts,
+    spoil_padding,
+)
 
 from jaxdistill import kernels, losses
 from jaxdistill.config import MeshConfig
@@ -38,9 +49,21 @@ def evaluate(relation_kl, student, teacher, mask, *, num_relation_heads=6, segme
     return value, count, gradient
 
 
-def assert_close(ours, reference, tolerance=1e-5):
-    reference = np.asarray(reference)
-    np.testing.assert_allclose(ours, reference, rtol=tolerance, atol=tolerance * max(np.abs(reference).max(), 1e-12))
+# The same of a cross relation, (queries, keys) of each side: the gradient has two parts.
+@partial(jax.jit, static_argnums=0, static_argnames="num_relation_heads")
+def evaluate_cross(relation_kl, student, teacher, mask, *, num_relation_heads=6, segment_ids=None):
+    def value(student):
+        options = {"segment_ids": segment_ids, "student_keys": student[1], "teacher_keys": teacher[1]}
+        total, count = relation_kl(student[0], teacher[0], mask.astype(jnp.int32), num_relation_heads=num_relation_heads, **options)
+        return total / jnp.maximum(count, 1.0), count
+
+    (value, count), gradients = jax.value_and_grad(value, has_aux=True)(student)
+    return value, count, gradients
+
+
+def make_pairs(seed: int = 0):
+    """(queries, keys) of a student 24 wide and of a teacher 36 wide, 4 x 14."""
+    return tuple(zip(make_vectors(4, 14, 24, 36, seed=seed), make_vectors(4, 14, 24, 36, seed=seed + 1), strict=True))
 
 
 # One relation head of one number, so that a score is the product of two numbers; then a wider teacher, whose products are
@@ -98,9 +121,6 @@ def test_mask_holds_within_a_segment(relation_kl):
     arrays = jnp.asarray(UNIFORM), jnp.asarray(PEAKED), jnp.array([[1, 1, 0]])
     total, count = sums(relation_kl, *arrays, num_relation_heads=1, segment_ids=jnp.ones((1, 3), jnp.int32))
     assert float(total) == pytest.approx(0.130812, abs=1e-6) and float(count) == 2.0
-
-
-TEXTS = [[9], [4], [0], [1]]
 
 
 @pytest.mark.parametrize("first", [0, 5], ids=["padded right", "padded left"])
@@ -164,23 +184,14 @@ def test_micro_batches_sum_to_the_batch(relation_kl):
     assert_close(jnp.concatenate([half[2] * half[1] for half in halves]) / count, gradient)
 
 
-PACKED = [[7, 5, 2], [3, 1, 9], [14], [0]]
-
-
 def test_packed_equals_separate(relation_kl):
     student, teacher = make_vectors(4, 14, 24, 36)
     segments = make_segments(PACKED, 14)
     packed = evaluate(relation_kl, student, teacher, segments > 0, segment_ids=segments)
-    places = [(row, np.nonzero(segments[row] == n)[0]) for row in range(3) for n in range(1, segments[row].max() + 1)]
-
-    def separate(vectors):
-        return np.stack([np.pad(vectors[row, own], ((0, 14 - len(own)), (0, 0))) for row, own in places])
-
-    mask = np.stack([np.arange(14) < len(own) for _, own in places])
-    alone = evaluate(relation_kl, separate(student), separate(teacher), mask)
+    alone = evaluate(relation_kl, *(one_text_a_row(x, segments) for x in (student, teacher, segments)))
     assert_close(packed[0], alone[0])
     assert packed[1] == alone[1]
-    for i, (row, own) in enumerate(places):
+    for i, (row, own) in enumerate(places_of_texts(segments)):
         assert_close(np.asarray(packed[2])[row, own], np.asarray(alone[2])[i, : len(own)])
 
 
@@ -189,21 +200,27 @@ def test_gradient_against_finite_differences(relation_kl):
     segments = make_segments(PACKED, 14)
     _, count, gradient = evaluate(relation_kl, student, teacher, segments > 0, segment_ids=segments)
     gradient = np.asarray(gradient, np.float64)
-    rng, step = np.random.default_rng(2), 1e-5
+    rng = np.random.default_rng(2)
     for row in (0, 1, 2) * 8:
         place = (row, rng.integers(13), rng.integers(24))
-        ends = []
-        for sign in (1, -1):
-            moved = student[[row]].astype(np.float64)
-            moved[0, place[1], place[2]] += sign * step
-            ends.append(divergence_by_loops(moved, teacher[[row]], segments[[row]], 6)[0])
-        assert gradient[place] == pytest.approx((ends[0] - ends[1]) / (2 * step) / float(count), abs=1e-5 * np.abs(gradient).max())
+        reference = finite_difference(lambda moved: divergence_by_loops(moved, teacher, segments, 6)[0], student, place)
+        assert gradient[place] == pytest.approx(reference / float(count), abs=1e-5 * np.abs(gradient).max())
 
 
 def test_no_gradient_reaches_the_teacher(relation_kl):
     student, teacher = make_vectors(4, 14, 24, 36)
     gradient = jax.jit(jax.grad(lambda t: relation_kl(jnp.asarray(student), t, jnp.ones((4, 14)), num_relation_heads=6)[0]))(teacher)
     assert gradient.shape == teacher.shape and not np.any(gradient)
+
+
+def test_noise_under_the_padding(relation_kl):
+    """Not even a NaN there shows, on either side, in the value or in the gradient."""
+    segments = make_segments(TEXTS, 14, 3)
+    arrays = make_vectors(4, 14, 24, 36)
+    clean = evaluate(relation_kl, *arrays, segments > 0)
+    spoilt = evaluate(relation_kl, *(spoil_padding(x, segments) for x in arrays), segments > 0)
+    for ours, reference in zip(spoilt, clean, strict=True):
+        np.testing.assert_array_equal(ours, reference)
 
 
 def test_bfloat16_inputs_give_float32_sums(relation_kl):
@@ -250,6 +267,98 @@ def test_heads_that_do_not_divide(relation_kl, heads, width):
     student, teacher = (jnp.asarray(x) for x in make_vectors(1, 3, 24, 36))
     with pytest.raises(ValueError, match=f"{heads} relation heads do not divide the hidden size {width}"):
         relation_kl(student, teacher, jnp.ones((1, 3)), num_relation_heads=heads)
+
+
+def test_cross_by_hand(relation_kl):
+    """Queries (0, 1, 2) over keys (0, 0, ln 3): the middle query has (1/5, 1/5, 3/5), the last (1/11, 1/11, 9/11), against thirds.
+
+    3/5 ln(9/5) + 2/5 ln(3/5) = 0.148342 and 9/11 ln(27/11) + 2/11 ln(3/11) = 0.498446; with queries and keys exchanged the
+    last query alone would differ from thirds.
+    """
+    queries, keys = jnp.array([[[0.0], [1.0], [2.0]]]), jnp.array([[[0.0], [0.0], [np.log(3)]]], jnp.float32)
+    cross = partial(relation_kl, jnp.zeros((1, 3, 1)), num_relation_heads=1, student_keys=jnp.ones((1, 3, 1)))
+    total, count = cross(queries, jnp.ones((1, 3)), teacher_keys=keys)
+    assert float(total) == pytest.approx(0.148342 + 0.498446, abs=2e-6) and float(count) == 3.0
+    # Four numbers a head: divided by sqrt(4).
+    wide = jnp.pad(2 * queries, ((0, 0), (0, 0), (0, 3)))
+    total, _ = cross(wide, jnp.ones((1, 3)), teacher_keys=jnp.pad(keys, ((0, 0), (0, 0), (0, 3))))
+    assert float(total) == pytest.approx(0.148342 + 0.498446, abs=2e-6)
+
+
+@pytest.mark.parametrize("texts", [TEXTS, PACKED], ids=["one text a row", "packed"])
+def test_cross_against_loops(relation_kl, texts):
+    """Value, and the gradients of queries and of keys by finite differences."""
+    student, teacher = make_pairs()
+    segments = make_segments(texts, 14)
+    spoilt = (tuple(spoil_padding(x, segments) for x in side) for side in (student, teacher))
+    value, count, gradients = evaluate_cross(relation_kl, *spoilt, segments > 0, segment_ids=segments)
+    expected = divergence_by_loops(student, teacher, segments, 6)
+    assert_close(value, expected[0] / expected[1])
+    assert count == expected[1]
+    rng = np.random.default_rng(3)
+    for part, gradient in enumerate(np.asarray(x, np.float64) for x in gradients):
+        assert not np.any(gradient[segments == 0])
+
+        def total(moved, part=part):
+            return divergence_by_loops((moved, student[1]) if part == 0 else (student[0], moved), teacher, segments, 6)[0]
+
+        for row in (0, 1, 3) * 4:
+            place = (row, rng.integers(9), rng.integers(24))
+            reference = finite_difference(total, student[part], place) / expected[1]
+            assert gradient[place] == pytest.approx(reference, abs=1e-5 * np.abs(gradient).max())
+
+
+def test_cross_with_itself_is_the_self_relation(relation_kl):
+    """The gradient of the vectors is then what reaches them as queries and what reaches them as keys."""
+    student, teacher = make_vectors(4, 14, 24, 36)
+    mask = make_segments(TEXTS, 14) > 0
+    value, count, gradient = evaluate(relation_kl, student, teacher, mask)
+    cross = evaluate_cross(relation_kl, (student, student), (teacher, teacher), mask)
+    assert_close(cross[0], value)
+    assert cross[1] == count
+    assert_close(cross[2][0] + cross[2][1], gradient)
+
+
+def test_cross_in_bfloat16(relation_kl):
+    pairs = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), make_pairs())
+    mask = make_segments(TEXTS, 14) > 0
+    value, count, gradients = evaluate_cross(relation_kl, *pairs, mask)
+    assert (value.dtype, count.dtype, gradients[0].dtype, gradients[1].dtype) == (jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    exact = evaluate_cross(relation_kl, *jax.tree.map(lambda x: np.asarray(x, np.float32), pairs), mask)
+    assert_close(value, exact[0], 1e-6)
+    for ours, reference in zip(gradients, exact[2], strict=True):
+        assert_close(np.asarray(ours, np.float32), reference, 1e-2)
+
+
+def test_value_relation_is_that_of_the_native_heads(relation_kl):
+    """MiniLM: values, as many relation heads as attention heads (3), here also 3 x 8 and 3 x 12 arrays of heads by numbers."""
+    student, teacher = make_vectors(2, 7, 24, 36)
+    total, count = sums(relation_kl, student, teacher, np.ones((2, 7), np.int32), num_relation_heads=3)
+    expected = 0.0
+    for row in range(2):
+        for head in range(3):
+            probabilities = []
+            for vectors in (student, teacher):
+                values = np.asarray(vectors[row], np.float64).reshape(7, 3, -1)[:, head]
+                weights = np.exp(values @ values.T / np.sqrt(values.shape[1]))
+                probabilities.append(weights / weights.sum(axis=-1, keepdims=True))
+            expected += (probabilities[1] * np.log(probabilities[1] / probabilities[0])).sum()
+    assert_close(total, expected)
+    assert count == 2 * 7 * 3
+
+
+@pytest.mark.parametrize("missing", ["student_keys", "teacher_keys"])
+def test_keys_of_one_side_only(relation_kl, missing):
+    vectors = jnp.ones((1, 3, 4))
+    keys = {"student_keys": vectors, "teacher_keys": vectors} | {missing: None}
+    with pytest.raises(ValueError, match="one of them is missing"):
+        relation_kl(vectors, vectors, jnp.ones((1, 3)), num_relation_heads=2, **keys)
+
+
+def test_heads_that_do_not_divide_a_cross_relation(relation_kl):
+    student, teacher = jnp.ones((1, 3, 24)), jnp.ones((1, 3, 36))
+    with pytest.raises(ValueError, match="8 relation heads do not divide the hidden size 36"):
+        relation_kl(student, teacher, jnp.ones((1, 3)), num_relation_heads=8, student_keys=student, teacher_keys=teacher)
 
 
 MESHES = {
