@@ -20,9 +20,7 @@ def training_batches(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, start
     weights = [source.weight for source in run.config.data.sources]
     order = RowOrder(store.source_rows("train"), None if None in weights else weights, training.seed)
     rows = _own_rows(mesh, training.micro_batches, training.batch_size // training.micro_batches)
-    steps = batches(
-        store, order, batch_size=training.batch_size, start_step=start_step, num_steps=training.steps - start_step, rows=rows
-    )
+    steps = batches(store, order, batch_size=training.batch_size, start_step=start_step, num_steps=training.steps - start_step, rows=rows)
     for batch in steps:
         yield _place(mesh, {name: batch[name] for name in _FIELDS}, training.micro_batches, training.batch_size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from jaxdistill.train_step import StudentState, TrainState
 
 # Files of a run folder. Anything else in it means that the folder is not ours to write.
 RUN_FILES = frozenset(
-    "config.yaml checkpoints metrics.jsonl metrics.jsonl.tmp tensorboard wandb wandb_id loss.png summary.md export tokens".split()
+    "config.yaml checkpoints metrics.jsonl metrics.jsonl.tmp tensorboard wandb wandb_id loss.png summary.md export tokens stages".split()
 )
 # Fields that may change between the parts of a run: they change neither the batches nor, beyond rounding, the numbers.
 # The weights of the teacher and the text are compared by content, so both may move.
@@ -33,6 +34,8 @@ FREE_FIELDS = frozenset(
     "training.evaluate_every training.evaluate_rows training.checkpoint_every training.keep_checkpoints training.tensorboard "
     "training.wandb".split()
 )
+
+_FREE_CHECKPOINT = re.compile(r"students\..+\.initialise\.checkpoint")  # read once, at the start
 
 _HEADER = "# The resolved config of a jaxdistill run, written by it.\n"
 _PACKAGES = ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
@@ -124,7 +127,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def _is_free(path: str) -> bool:
     parts = ["*" if part.isdigit() else part for part in path.split(".")]
-    return any(".".join(parts[:n]) in FREE_FIELDS for n in range(1, len(parts) + 1))
+    return _FREE_CHECKPOINT.fullmatch(path) is not None or any(".".join(parts[:n]) in FREE_FIELDS for n in range(1, len(parts) + 1))
 
 
 def _check_continuity(saved: Config, config: Config, folder: Path) -> None:
@@ -161,8 +164,8 @@ def run_record(run: Run, identity: dict[str, str], step: int, tokens: int) -> di
 
 
 def _tree(state: TrainState) -> dict:
-    students = {name: {"trained": s.trained, "optimizer": s.optimizer} for name, s in state.students.items()}
-    return {"step": state.step, "students": students}
+    fields = ("trained", "optimizer", "memory", "failures")
+    return {"step": state.step, "students": {name: {f: getattr(s, f) for f in fields} for name, s in state.students.items()}}
 
 
 class Checkpoints:
@@ -205,7 +208,7 @@ class Checkpoints:
         target = _tree(like)
         self._check_shapes(step, target)
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-        return TrainState(tree["step"], {name: StudentState(s["trained"], s["optimizer"]) for name, s in tree["students"].items()})
+        return TrainState(tree["step"], {name: StudentState(**fields) for name, fields in tree["students"].items()})
 
     def _check_shapes(self, step: int, target: dict) -> None:
         # Orbax would raise for this too, after 16,000 lines on stderr.
@@ -223,5 +226,3 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
         return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
 
     return {"/".join(map(part, path)): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from jaxdistill.errors import InputError
+from jaxdistill.errors import DivergedError, InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config, or the folder of a run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="fields to change, as in training.steps=1000")]
+Only = Annotated[list[str] | None, typer.Option("--student", help="distil these alone: a name or a pattern, may be given again")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="start anew in an output folder that holds a run")]
 
 
@@ -45,11 +46,11 @@ def quickstart(
 
 
 @app.command()
-def distill(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+def distill(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False, student: Only = None) -> None:
     """Distil the students of a config; goes on with a run that was interrupted."""
     from jaxdistill.distill import distill as run
 
-    run(_config(config, overrides), overwrite=overwrite)
+    run(_config(config, overrides), overwrite=overwrite, only=student or [])
 
 
 @app.command()
@@ -76,19 +77,22 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 def inspect(
     config: ConfigPath,
     overrides: Overrides = None,
+    student: Only = None,
     devices: Annotated[int | None, typer.Option(min=1, help="plan for this many devices; default: those here")] = None,
 ) -> None:
     """The dry run: the resolved config, parameters, layers, shardings and cost. Reads no text, writes nothing."""
     from rich.console import Console
     from rich.syntax import Syntax
 
+    from jaxdistill.config import select_students
     from jaxdistill.inspect import inspection
-    from jaxdistill.resolve import resolve
+    from jaxdistill.resolve import resolve_stages
 
-    run = resolve(_config(config, overrides), num_devices=devices)
+    runs = resolve_stages(select_students(_config(config, overrides), student or []), num_devices=devices)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(Syntax(run.config.to_yaml(), "yaml", background_color="default"))
-    console.print(inspection(run))
+    console.print(Syntax(runs[-1].saved.to_yaml(), "yaml", background_color="default"))
+    for run in runs:
+        console.print(inspection(run))
 
 
 @app.command()
@@ -129,6 +133,9 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except BrokenPipeError:
         # The reader of a pipe (head) has gone: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

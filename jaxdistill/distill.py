@@ -1,6 +1,6 @@
 """The whole run on one page: read this file first.
 
-    text -> batch -> teacher features -> every student's losses -> one update each -> checkpoint -> export
+text -> batch -> teacher features -> every student's losses -> one update each -> checkpoint -> export
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from jaxdistill.checkpoint import (
     run_identity,
     run_record,
 )
-from jaxdistill.config import Config, load_config
+from jaxdistill.config import Config, load_config, select_students
 from jaxdistill.data import TokenStore, prepare
-from jaxdistill.errors import InputError
+from jaxdistill.errors import DivergedError, InputError
 from jaxdistill.export import export_run
 from jaxdistill.features import deepest_layer
 from jaxdistill.metrics import read_history
@@ -39,9 +39,10 @@ from jaxdistill.models import EncoderConfig, layer_name, load_pretrained, num_pa
 from jaxdistill.progress import Progress, choose_progress, preparing
 from jaxdistill.recorder import Recorder
 from jaxdistill.report import SUMMARY_COLUMNS, markdown_table, plot_losses, print_table, summary_row, summary_table
-from jaxdistill.resolve import Run, resolve
+from jaxdistill.resolve import Run, resolve_stages
 from jaxdistill.sharding import create_mesh, tree_shardings
 from jaxdistill.state import abstract_state, initial_state
+from jaxdistill.students import describe_initialisation
 from jaxdistill.train_step import TrainState, evaluation_step, train_step
 
 
@@ -61,6 +62,7 @@ def distill(
     *,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
+    only: Sequence[str] = (),
     **fields: Any,
 ) -> Distilled:
     """Distil the students of a config; a run that was interrupted goes on from its newest checkpoint.
@@ -69,55 +71,82 @@ def distill(
       config: a YAML file, a run's folder, a dict or a Config; or its fields as keyword arguments.
       overrides: key=value strings, as on the command line.
       overwrite: start anew in an output folder that holds a run.
+      only: names or patterns (as in a shell) of the students to distil; none: all.
 
     Raises:
       InputError: the input is wrong; one line that says what, where and what would be right. Nothing is half-written.
+      DivergedError: no student is left to train: the gradients of all were not finite, many times in a row.
     """
     runtime.configure()
-    run = resolve(load_config(config, overrides, **fields))
+    config = select_students(load_config(config, overrides, **fields), only)
+    runs = resolve_stages(config)
     if jax.process_count() > 1:
         raise InputError("several processes: not supported yet; one process drives all the devices of its machine")
-    if run.config.training.wandb and importlib.util.find_spec("wandb") is None:
+    if runs[-1].config.training.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("training.wandb: wandb is not installed: pip install 'jaxdistill[wandb]'")
-    goes_on = check_output(run.config, overwrite=overwrite)
+    last = runs[-1]
+    goes_on = check_output(last.saved, overwrite=overwrite)
+    with hold_output(last.config):
+        for run in runs[:-1]:
+            # The whole run's folder first, so that it is one to go on with whatever stops the stage.
+            prepare_text(run, newest_record(run.config))
+            begin_output(last.saved, goes_on=goes_on)
+            goes_on = True
+            stage_goes_on = check_output(run.saved, overwrite=False)
+            with hold_output(run.config):
+                distill_stage(run, goes_on=stage_goes_on)
+        return distill_stage(last, goes_on=goes_on)
+
+
+def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
+    """One run, in an output folder that is checked and held."""
     _, teacher_params = load_pretrained(run.teacher_folder)
-    with hold_output(run.config):
-        record = newest_record(run.config) if goes_on else None
-        if record:
-            check_teacher(run, record["identity"])
-        with preparing("Preparing text") as report:
-            expected = record and record["identity"]["data"]
-            store = prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report, expected=expected)
-        begin_output(run.config, goes_on=goes_on)
-        mesh = create_mesh(run.config.mesh)
-        with jax.set_mesh(mesh), choose_progress(run.config.training.steps, "Distilling", is_main=True) as progress:
-            for line in describe(run, goes_on):
-                progress.say(line)
-            state = train(run, store, mesh, teacher_params, progress)
-        params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
-        complete = record is not None and record["step"] == run.config.training.steps
-        exports = export_run(run, params, teacher_params, keep=complete)
-        history = read_history(run.output)
-        report_run(run, history, exports)
+    record = newest_record(run.config) if goes_on else None
+    if record:
+        check_teacher(run, record["identity"])
+    store = prepare_text(run, record)
+    begin_output(run.saved, goes_on=goes_on)
+    mesh = create_mesh(run.config.mesh)
+    title = f"Stage {run.stage}" if run.stage else "Distilling"
+    with jax.set_mesh(mesh), choose_progress(run.config.training.steps, title, is_main=True) as progress:
+        for line in describe(run, goes_on):
+            progress.say(line)
+        state, frozen = train(run, store, mesh, teacher_params, progress)
+    params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
+    complete = record is not None and record["step"] == run.config.training.steps
+    exports = export_run(run, params, teacher_params, keep=complete)
+    history = read_history(run.output)
+    report_run(run, history, exports, frozen)
     return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, history, exports, run.output)
 
 
-def train(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher_params: dict, progress: Progress) -> TrainState:
-    """The loop: from the newest checkpoint, else from the students' first parameters, to the last step."""
+def prepare_text(run: Run, record: dict | None) -> TokenStore:
+    """The run's token store, made if it is not there; the one that the run began with, if `record` names one."""
+    with preparing("Preparing text") as report:
+        expected = record and record["identity"]["data"]
+        return prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report, expected=expected)
+
+
+def train(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher_params: dict, progress: Progress) -> tuple[TrainState, dict]:
+    """The loop: from the newest checkpoint, else from the students' first parameters, to the last step.
+
+    Returns:
+      The last state, and the frozen students with the steps at which they were found so.
+    """
     training, identity = run.config.training, run_identity(run, store)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.output / "checkpoints", keep=training.keep_checkpoints))
         state, start, tokens = begin(run, checkpoints, mesh, teacher_params)
         if start == training.steps:
             progress.say(f"the run is complete: step {start}")
-            return state
+            return state, frozen_students(run, state, start)
         if start:
             progress.say(f"going on from step {start}")
         recorder = stack.enter_context(Recorder(run, start, tokens, progress, jax.process_index() == 0))
         teacher = place_teacher(run, teacher_params, mesh)
         evaluate = partial(evaluate_held_out, jax.jit(partial(evaluation_step, run.settings, run.students)), run, store, mesh, teacher)
         if not start:
-            recorder.evaluated(0, evaluate(state))
+            recorder.evaluated(0, evaluate(state, 0))
         step_fn = None
         for step, batch in enumerate(training_batches(run, store, mesh, start), start + 1):
             step_fn = step_fn or compile_step(run, state, teacher, batch)
@@ -127,14 +156,19 @@ def train(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher_params: 
             last, held_out = step == training.steps, None
             if step % training.evaluate_every == 0 or last:
                 with recorder.paused():
-                    held_out = evaluate(state)
+                    held_out = evaluate(state, step)
             if held_out or step % training.log_every == 0 or last:
                 recorder.log(step, held_out)
+                if len(recorder.frozen) == len(run.students):
+                    raise DivergedError(
+                        f"step {step}: every student has diverged (no finite gradient for {training.freeze_after} steps); begin anew "
+                        f"with a lower learning rate, --overwrite"
+                    )
             # After the log: going on from a checkpoint drops the records that come after it.
             if step % training.checkpoint_every == 0 or last:
                 with recorder.paused():
                     checkpoints.save(step, state, run_record(run, identity, step, recorder.tokens()))
-    return state
+    return state, recorder.frozen
 
 
 def begin(run: Run, checkpoints: Checkpoints, mesh: jax.sharding.Mesh, teacher_params: dict) -> tuple[TrainState, int, int]:
@@ -142,15 +176,23 @@ def begin(run: Run, checkpoints: Checkpoints, mesh: jax.sharding.Mesh, teacher_p
     like = abstract_state(run, teacher_params, mesh)
     step = checkpoints.latest()
     if step is None:
+        starts = {name: load_pretrained(folder)[1] for name, folder in run.checkpoints.items()}
         init = jax.jit(partial(initial_state, run), out_shardings=jax.tree.map(lambda x: x.sharding, like))
-        return init(teacher_params), 0, 0
+        return init(teacher_params, starts), 0, 0
     return checkpoints.restore(step, like), step, checkpoints.record(step)["tokens"]
+
+
+def frozen_students(run: Run, state: TrainState, step: int) -> dict[str, int]:
+    failures = {name: int(jax.device_get(student.failures)) for name, student in state.students.items()}
+    return {name: step for name, count in failures.items() if count >= run.config.training.freeze_after}
 
 
 def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:
     """The part of the teacher that the students read, on the devices; its matrices in the dtype of the products."""
     layers = {layer_name(i): params["layers"][layer_name(i)] for i in range(1, deepest_layer(run.teacher_features) + 1)}
     needed = {"embeddings": params["embeddings"], "layers": layers}
+    if any(feature.kind == "logits" for feature in run.teacher_features):
+        needed["mlm"] = params["mlm"]
     needed = jax.tree.map(lambda x: x.astype(jnp.dtype(run.settings.dtype)) if x.ndim > 1 else x, needed)
     return jax.device_put(needed, tree_shardings(needed, mesh))
 
@@ -162,35 +204,37 @@ def compile_step(run: Run, state: TrainState, teacher: dict, batch: dict):
     return step.lower(state, teacher, batch).compile()
 
 
-def evaluate_held_out(step, run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher: dict, state: TrainState) -> list[dict]:
+def evaluate_held_out(compiled, run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher: dict, state: TrainState, step: int):
     """(sum, count) of every part of every student's loss, a dict for each batch of held-out rows."""
     trained = {name: student.trained for name, student in state.students.items()}
-    return [jax.device_get(step(trained, teacher, batch)) for batch in evaluation_batches(run, store, mesh)]
+    batches = enumerate(evaluation_batches(run, store, mesh))
+    return [jax.device_get(compiled(trained, teacher, batch, np.int32(number), np.int32(step))) for number, batch in batches]
 
 
 def describe(run: Run, goes_on: bool) -> Iterator[str]:
     """What is about to be done, a line each."""
     yield from (f"warning: {warning}" for warning in run.warnings)
-    teacher, deepest = run.teacher, deepest_layer(run.teacher_features)
-    yield f"teacher {run.config.teacher_name}: {teacher.num_layers} x {teacher.hidden_size}, run to layer {deepest}"
+    teacher, passes = run.teacher, run.teacher_passes
+    depth = ", ".join(f"{name} text to layer {deepest_layer(features)}" for name, features in passes.items())
+    yield f"teacher {run.config.teacher_name}: {teacher.num_layers} x {teacher.hidden_size}, runs on {depth}"
     for student in run.students:
-        copied = run.copied[student.name]
-        start = f"from teacher layers {', '.join(map(str, copied))}" if copied else "from random parameters"
-        maps = "; ".join(f"{term.name}: layers {' '.join(f'{s}<-{t}' for s, t in term.pairs)}" for term in student.terms)
-        yield f"student {student.name}: {student.config.num_layers} x {student.config.hidden_size} {start}; {maps}"
+        start = describe_initialisation(run.config.students[student.name], run.copied[student.name])
+        yield f"student {student.name}: {student.config.num_layers} x {student.config.hidden_size} from {start}; {student.input} text"
+        for term in student.terms:
+            yield f"  {term.description}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.items())
     yield f"devices: {jax.device_count()} {jax.default_backend()} ({mesh}), {run.settings.dtype}"
     yield f"output: {run.output}{' (holds this run: going on with it)' if goes_on else ''}"
 
 
-def report_run(run: Run, history: list[dict], exports: dict[str, Path]) -> None:
+def report_run(run: Run, history: list[dict], exports: dict[str, Path], frozen: dict[str, int]) -> None:
     """The loss plot, and the summary table on stdout and as Markdown."""
     plot_losses(history, run.output / "loss.png", title=f"{run.output.name}: distilled from {run.config.teacher_name}")
     rows = []
     for student in run.students:
         held_out = [record[f"{student.name}/held_out"] for record in history if f"{student.name}/held_out" in record]
         row = summary_row(
-            student.name,
+            f"{student.name} (diverged, frozen at step {frozen[student.name]})" if student.name in frozen else student.name,
             num_layers=student.config.num_layers,
             hidden_size=student.config.hidden_size,
             num_parameters=num_parameters(student.config),

@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class DivergedError(Exception):
+    """Every student of a run has diverged: nothing is left to train."""
+
+
 class InputError(ValueError):
     """The user's input is wrong: one line that names the place, what is wrong and what would be right."""
 

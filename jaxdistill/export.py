@@ -22,21 +22,24 @@ from jaxdistill.state import abstract_state
 from jaxdistill.students import export_pooler, student_key
 
 
-def export_student(
-    folder: Path, config: EncoderConfig, params: dict, *, tokenizer: Path, dtype: str, card: str, mlm: bool = False
-) -> Path:
+def export_student(folder: Path, config: EncoderConfig, params: dict, *, tokenizer: Path, dtype: str, card: str) -> Path:
     """Write the folder whole or not at all; one that is there is replaced.
 
+    The folder is the base model (AutoModel); a student with an MLM head has it in the subfolder mlm/ (AutoModelForMaskedLM).
+
     Args:
-      params: of the encoder, with "pooler" for a base model that loads without a missing key, with "mlm" for an MLM model.
+      params: of the encoder, with "pooler" for a base model that loads without a missing key, with "mlm" for the head.
       tokenizer: folder whose tokenizer goes along.
       card: text of README.md.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_pretrained(temporary, config, params, mlm=mlm, dtype=dtype)
-    save_tokenizer(tokenizer, temporary, config.max_sequence_length)
+    for place, mlm in ((temporary, False), (temporary / "mlm", True)):
+        if mlm and "mlm" not in params:
+            continue
+        place.mkdir(parents=True)
+        save_pretrained(place, config, params, mlm=mlm, dtype=dtype)
+        save_tokenizer(tokenizer, place, config.max_sequence_length)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -66,7 +69,13 @@ def model_card(name: str, run: Run, student: EncoderConfig) -> str:
     """What a reader needs to know of a student, in the Hub's format."""
     config, training = run.config, run.config.training
     sources = ", ".join(Path(source.path).name if source.path else str(source.dataset) for source in config.data.sources)
-    maps = "; ".join(f"{term}: {', '.join(f'{s} <- {t}' for s, t in pairs)}" for term, pairs in run.layer_map[name].items())
+    own = next(student for student in run.students if student.name == name)
+    objective = "; ".join(term.description for term in own.terms)
+    before = "".join(f", after {stage}" for stage in [name for name in run.saved.stages if name != run.stage][-1:])
+    head = ("", "")
+    if own.has_mlm_head:
+        masked = 'AutoModelForMaskedLM.from_pretrained("path/to/this/folder", subfolder="mlm")'
+        head = (", AutoModelForMaskedLM", f"masked_language_model = {masked}\n")
     return f"""---
 library_name: transformers
 tags: [distillation, jaxdistill]
@@ -80,15 +89,15 @@ A {student.family} encoder of {student.num_layers} layers x {student.hidden_size
 |---|---|
 | teacher | {config.teacher_name} |
 | text | {sources} |
-| training | {training.steps:,} steps of {training.batch_size} x {config.data.sequence_length} tokens |
-| objective (student layer <- teacher layer) | {maps} |
+| training | {training.steps:,} steps of {training.batch_size} x {config.data.sequence_length} tokens, {own.input} text{before} |
+| objective (student layer <- teacher layer) | {objective} |
 
 ```python
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel{head[0]}, AutoTokenizer
 
 model = AutoModel.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
+{head[1]}```
 
 An encoder to fine-tune. The distillation did not train its pooler.
 """

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import jax
 
-Kind = Literal["hidden", "query", "key", "value"]
-KINDS: tuple[Kind, ...] = ("hidden", "query", "key", "value")
+Kind = Literal["hidden", "query", "key", "value", "logits"]
+KINDS: tuple[Kind, ...] = ("hidden", "query", "key", "value")  # of a layer
 
 
 class Feature(NamedTuple):
-    """One tensor of an encoder. Layer 0 is the embedding output (hidden only), 1..L are the blocks."""
+    """One tensor of an encoder. Layer 0 is the embedding output (hidden only), 1..L are the blocks; logits are of layer L."""
 
     kind: Kind
     layer: int
@@ -22,12 +22,13 @@ class Feature(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EncoderOutput:
-    """Tensors [B, S, D] by layer number; only what was asked for. Query, key, value: native heads side by side."""
+    """Tensors [B, S, D] by layer number; only what was asked for. Query, key, value: native heads side by side; logits [B, S, V]."""
 
     hidden: dict[int, jax.Array]
     query: dict[int, jax.Array]
     key: dict[int, jax.Array]
     value: dict[int, jax.Array]
+    logits: dict[int, jax.Array] = field(default_factory=dict)
 
     def __getitem__(self, feature: Feature) -> jax.Array:
         return getattr(self, feature.kind)[feature.layer]

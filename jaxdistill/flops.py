@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from jaxdistill.features import Feature, deepest_layer
 from jaxdistill.models import EncoderConfig
-from jaxdistill.objective import BoundTerm
+from jaxdistill.objective import features_read
 from jaxdistill.train_step import Student
 
 
@@ -21,18 +21,15 @@ def forward_flops_per_token(config: EncoderConfig, sequence_length: int, feature
     block = 4 * projection + attention + 2 * 2 * width * inner
     if deepest == 0:
         return 0
+    if Feature("logits", deepest) in features:
+        return deepest * block + 2 * width * (width + config.vocab_size)
     if Feature("hidden", deepest) in features:
         return deepest * block
     return (deepest - 1) * block + projection * sum(feature.layer == deepest for feature in features)
 
 
-def relation_flops_per_token(term: BoundTerm, student: EncoderConfig, teacher: EncoderConfig, sequence_length: int) -> int:
-    """Scores of both sides, and for the student's gradient two products of the same size."""
-    return len(term.parts) * 2 * sequence_length * (3 * student.hidden_size + teacher.hidden_size)
-
-
-def step_flops_per_token(student: Student, teacher: EncoderConfig, sequence_length: int) -> int:
-    """Training one student on one token, without the teacher's share: forward, and twice that for the gradients."""
-    features = frozenset(part.student for term in student.terms for part in term.parts)
-    losses = sum(relation_flops_per_token(term, student.config, teacher, sequence_length) for term in student.terms)
+def step_flops_per_token(student: Student, sequence_length: int) -> int:
+    """Training one student on one token, without the teacher's share: forward, and twice that for the gradients; its losses."""
+    features, _ = features_read(student.terms)
+    losses = sum(part.flops(sequence_length) for term in student.terms for part in term.parts)
     return 3 * forward_flops_per_token(student.config, sequence_length, features) + losses

@@ -17,12 +17,14 @@ from jaxdistill.models import EncoderConfig, init_params
 from jaxdistill.report import summary_table
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import AXES, partition_spec
+from jaxdistill.students import describe_initialisation
 
 
 def inspection(run: Run) -> Group:
     """Everything that `jaxdistill inspect` prints after the resolved config."""
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in run.warnings]
-    return Group(*warnings, parameter_table(run), layer_table(run), sharding_table(run), cost_table(run))
+    title = [Text(f"\nStage {run.stage}", style="bold")] if run.stage else []
+    return Group(*title, *warnings, parameter_table(run), layer_table(run), sharding_table(run), cost_table(run))
 
 
 def _abstract_params(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
@@ -55,13 +57,14 @@ def layer_table(run: Run) -> Table:
     """Which layers are compared, and where the students start from."""
     rows = []
     for student in run.students:
-        copied = run.copied[student.name]
-        start = f"teacher layers {', '.join(map(str, copied))}" if copied else "random"
+        start = describe_initialisation(run.config.students[student.name], run.copied[student.name])
         for term in student.terms:
-            weights = ", ".join(f"{part.name.split('/')[1]} {part.weight:.3g}" for part in term.parts[:3])
-            rows.append((student.name, start, term.name, " ".join(f"{s}<-{t}" for s, t in term.pairs), weights))
-    columns = ("student", "starts from", "term", "layers (student<-teacher)", "weights")
-    return summary_table(rows, columns, f"Layer map; the teacher runs to layer {deepest_layer(run.teacher_features)}")
+            parts = {part.name.split("/")[1]: f"{part.weight:.3g}" for part in term.parts if "/" in part.name and part.weight != 1.0}
+            weights = " ".join([str(term.weight), *(f"{name} {weight}" for name, weight in parts.items())])
+            rows.append((student.name, start, student.input, term.name, term.layers, weights))
+    columns = ("student", "starts from", "text", "term", "layers (student<-teacher)", "weight")
+    depths = ", ".join(f"on {name} text to layer {deepest_layer(features)}" for name, features in run.teacher_passes.items())
+    return summary_table(rows, columns, f"Layer map; the teacher runs {depths}")
 
 
 def sharding_table(run: Run) -> Table:
@@ -90,8 +93,10 @@ def cost_table(run: Run) -> Table:
     """Tokens and floating-point operations of a step and of the run, and the arrays that stay on the devices."""
     config, length = run.config, run.config.data.sequence_length
     tokens = config.training.batch_size * length
-    costs = [("teacher", forward_flops_per_token(run.teacher, length, run.teacher_features))]
-    costs += [(student.name, step_flops_per_token(student, run.teacher, length)) for student in run.students]
+    passes = run.teacher_passes
+    names = {name: f"teacher, {name} text" if len(passes) > 1 else "teacher" for name in passes}
+    costs = [(names[name], forward_flops_per_token(run.teacher, length, features)) for name, features in passes.items()]
+    costs += [(student.name, step_flops_per_token(student, length)) for student in run.students]
     total = sum(cost for _, cost in costs)
     rows = [(name, f"{cost / 1e6:.1f}", f"{cost * tokens / 1e12:.3f}", f"{100 * cost / total:.0f} %") for name, cost in costs]
     rows.append(("all", f"{total / 1e6:.1f}", f"{total * tokens / 1e12:.3f}", "100 %"))

@@ -3,113 +3,106 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import kernels
-from jaxdistill.config import RelationKL, Term
-from jaxdistill.errors import InputError
+from jaxdistill.config import Term
 from jaxdistill.features import EncoderOutput, Feature
-from jaxdistill.layer_map import Pairs
 from jaxdistill.models import EncoderConfig
+from jaxdistill.parts import BoundTerm, Inputs, Sides, SumAndCount
+from jaxdistill.terms import bind_term
 
-Parts = dict[str, tuple[jax.Array, jax.Array]]  # name of a part of the loss -> (sum, count)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One (sum, count) of a term: a kind of feature, and the pair of layers that it compares."""
-
-    name: str
-    weight: float
-    student: Feature
-    teacher: Feature
-    relation_heads: int
+Parts = dict[str, SumAndCount]  # name of a part of the loss -> (sum, count)
 
 
-@dataclass(frozen=True)
-class BoundTerm:
-    """A term of the config with its layers resolved against one student and the teacher."""
-
-    name: str
-    pairs: Pairs
-    parts: tuple[Part, ...]
-
-
-def bind_objective(terms: Sequence[Term], student: EncoderConfig, teacher: EncoderConfig, where: str) -> tuple[BoundTerm, ...]:
+def bind_objective(
+    terms: Sequence[Term],
+    student: EncoderConfig,
+    teacher: EncoderConfig,
+    where: str,
+    *,
+    steps: int = 1,
+    teacher_has_mlm_head: bool = False,
+) -> tuple[BoundTerm, ...]:
     """Resolve layer maps and check that every term can be computed.
 
     Raises:
-      InputError: a layer out of range, or relation heads that do not divide both widths; names the place in the config.
+      InputError: a term that these two encoders cannot serve; names the place in the config and what would be right.
     """
     bound: list[BoundTerm] = []
     for i, term in enumerate(terms):
-        place = f"{where}.{i}"
         name = term.kind if all(other.kind != term.kind for other in terms[:i]) else f"{term.kind}_{i + 1}"
-        try:
-            pairs = term.layer_map.resolve(student.num_layers, teacher.num_layers)
-        except InputError as error:
-            raise InputError(f"{place}.layer_map: {error}") from None
-        bound.append(_bind_relation_kl(name, term, pairs, student, teacher, place))
+        bound.append(bind_term(name, term, Sides(student, teacher, teacher_has_mlm_head, steps, f"{where}.{i}")))
     return tuple(bound)
 
 
-def _bind_relation_kl(
-    name: str, term: RelationKL, pairs: Pairs, student: EncoderConfig, teacher: EncoderConfig, place: str
-) -> BoundTerm:
-    heads, widths = term.relation_heads, (student.hidden_size, teacher.hidden_size)
-    if any(width % heads for width in widths):
-        fitting = [n for n in range(1, min(widths) + 1) if all(width % n == 0 for width in widths)]
-        closest = sorted(sorted(fitting, key=lambda n: abs(n - heads))[:4])
-        raise InputError(
-            f"{place}.relation_heads: {heads} does not divide both hidden sizes, student {widths[0]} and teacher {widths[1]}; "
-            f"{', '.join(map(str, closest))} would"
-        )
-    if any(0 in pair for pair in pairs):
-        raise InputError(f"{place}.layer_map: layer 0 is the embeddings, which have no queries, keys and values")
-    parts = []
-    for student_layer, teacher_layer in pairs:
-        for kind in ("query", "key", "value"):
-            if weight := getattr(term, kind):
-                part = f"{name}/{kind}" if len(pairs) == 1 else f"{name}/{kind}/{student_layer}-{teacher_layer}"
-                features = Feature(kind, student_layer), Feature(kind, teacher_layer)
-                parts.append(Part(part, term.weight * weight, *features, heads))
-    return BoundTerm(name, pairs, tuple(parts))
+def reads_masked(terms: Sequence[Term]) -> bool:
+    """Whether an objective is one for corrupted text: output distribution and masked language modelling."""
+    return any(term.kind in ("output_kl", "mlm_cross_entropy") for term in terms)
+
+
+def needs_labels(terms: Sequence[Term]) -> bool:
+    """Whether a term counts the masked places: without corrupted text it would have nothing to count."""
+    return any(term.kind == "mlm_cross_entropy" or getattr(term, "positions", "all") == "masked" for term in terms)
 
 
 def features_read(terms: Sequence[BoundTerm]) -> tuple[frozenset[Feature], frozenset[Feature]]:
     """Features that the terms read of the student and of the teacher."""
     parts = [part for term in terms for part in term.parts]
-    return frozenset(part.student for part in parts), frozenset(part.teacher for part in parts)
+    return frozenset(f for part in parts for f in part.student), frozenset(f for part in parts for f in part.teacher)
 
 
-def measure(terms: Sequence[BoundTerm], student: EncoderOutput, teacher: EncoderOutput, mask, segment_ids) -> Parts:
+def initial_projections(terms: Sequence[BoundTerm], key: jax.Array) -> dict:
+    """Part -> {name: {"kernel": array}}: identity between equal sizes, else normal with variance 1 / (size of the input)."""
+
+    def kernel(shape: tuple[int, ...], key) -> jax.Array:
+        if shape[-1] == shape[-2]:
+            return jnp.broadcast_to(jnp.eye(shape[-1], dtype=jnp.float32), shape) + jnp.float32(0.0)
+        return jax.random.normal(key, shape, jnp.float32) * jnp.float32(shape[-2] ** -0.5)
+
+    projections, number = {}, 0
+    for part in (part for term in terms for part in term.parts if part.projections):
+        projections[part.key] = {}
+        for name, shape in part.projections:
+            projections[part.key][name] = {"kernel": kernel(shape, jax.random.fold_in(key, number))}
+            number += 1
+    return projections
+
+
+def measure(terms: Sequence[BoundTerm], student: EncoderOutput, teacher: EncoderOutput, projections: dict, inputs: Inputs) -> Parts:
     """(sum, count) of every part, unweighted."""
     return {
-        part.name: kernels.relation_kl(
-            student[part.student],
-            teacher[part.teacher],
-            mask,
-            num_relation_heads=part.relation_heads,
-            segment_ids=segment_ids,
+        part.name: part.compute(
+            [student[feature] for feature in part.student],
+            [teacher[feature] for feature in part.teacher],
+            {name: projection["kernel"] for name, projection in projections.get(part.key, {}).items()},
+            inputs,
         )
         for term in terms
         for part in term.parts
     }
 
 
-def loss(terms: Sequence[BoundTerm], sums: dict, counts: dict):
-    """The weighted sum of the parts' values: each sum over its count, once."""
-    return sum(part.weight * (sums[part.name] / jnp.maximum(counts[part.name], 1.0)) for term in terms for part in term.parts)
+def loss(terms: Sequence[BoundTerm], sums: dict, counts: dict, step):
+    """The weighted sum of the parts' values: each sum over its count, once; weights as they are at this step."""
+    return sum(
+        term.weight.at(step) * part.weight * (sums[part.name] / jnp.maximum(counts[part.name], 1.0))
+        for term in terms
+        for part in term.parts
+    )
 
 
-def named_values(terms: Sequence[BoundTerm], values: dict[str, float], student: str) -> dict[str, float]:
-    """Metrics of one student: <student>/loss, <student>/<term>, and <student>/<part> where a term has several."""
-    metrics = {}
+def named_values(terms: Sequence[BoundTerm], values: dict[str, float], student: str, step: int) -> dict[str, float]:
+    """Metrics of one student: <student>/loss (weighted as at this step), <student>/<term>, and its parts where it has several.
+
+    A term's value is without its weight, so that a curve does not follow a schedule.
+    """
+    metrics, total = {}, 0.0
     for term in terms:
-        metrics[f"{student}/{term.name}"] = sum(part.weight * values[part.name] for part in term.parts)
+        value = sum(part.weight * values[part.name] for part in term.parts)
+        metrics[f"{student}/{term.name}"] = value
+        total += term.weight.at(step) * value if term.weight.at(step) else 0.0  # nothing of a term that is off, be it nan
         if len(term.parts) > 1:
             metrics |= {f"{student}/{part.name}": values[part.name] for part in term.parts}
-    return {f"{student}/loss": sum(metrics[f"{student}/{term.name}"] for term in terms)} | metrics
+    return {f"{student}/loss": total} | metrics

@@ -38,11 +38,10 @@ class Recorder:
             is_main=is_main,
         )
         length = run.config.data.sequence_length
-        teacher = forward_flops_per_token(run.teacher, length, run.teacher_features)
-        self._flops = teacher + sum(step_flops_per_token(student, run.teacher, length) for student in run.students)
-        self._rates = {
-            s.name: learning_rate(run.config.students[s.name].optimizer or run.config.optimizer, training.steps) for s in run.students
-        }
+        teacher = sum(forward_flops_per_token(run.teacher, length, features) for features in run.teacher_passes.values())
+        self._flops = teacher + sum(step_flops_per_token(student, length) for student in run.students)
+        self._rates = {s.name: learning_rate(run.config.optimizer_of(s.name), training.steps) for s in run.students}
+        self.frozen: dict[str, int] = {}  # student -> step at which it was found frozen
         self._close = ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -81,12 +80,12 @@ class Recorder:
         record: dict[str, Any] = {"step": step, "loss": 0.0}
         for student in self._run.students:
             own = [metrics["students"][student.name] for metrics in window]
-            values = named_values(student.terms, merge(metrics["parts"] for metrics in own), student.name)
+            values = named_values(student.terms, merge(metrics["parts"] for metrics in own), student.name, step - 1)
             record |= values
-            record["loss"] += values[f"{student.name}/loss"]
+            record["loss"] += values[f"{student.name}/loss"] if student.name not in self.frozen else 0.0
             record[f"{student.name}/gradient_norm"] = float(own[-1]["gradient_norm"])
             record[f"{student.name}/skipped"] = int(sum(metrics["skipped"] for metrics in own))
-            self._warn_skipped(record, student.name, step)
+            self._warn_skipped(record, student.name, step, int(own[-1]["failures"]))
         rates = {name: float(rate(step - 1)) for name, rate in self._rates.items()}
         record["learning_rate"] = next(iter(rates.values()))
         if len(set(rates.values())) > 1:
@@ -95,23 +94,33 @@ class Recorder:
         record |= self._throughput.read(step)
         if "tokens_per_second" in record:
             record["teraflops"] = record["tokens_per_second"] * self._flops / 1e12
-        self._write(record | self._held_out(held_out))
+        self._write(record | self._held_out(held_out, step))
 
     def evaluated(self, step: int, held_out: list[dict]) -> None:
         """The record of an evaluation alone: before the first step."""
         if held_out:
-            self._write({"step": step, "tokens": self._tokens} | self._held_out(held_out))
+            self._write({"step": step, "tokens": self._tokens} | self._held_out(held_out, step))
 
-    def _held_out(self, batches: list[dict] | None) -> dict[str, float]:
+    def _held_out(self, batches: list[dict] | None, step: int) -> dict[str, float]:
         record = {}
         for student in self._run.students if batches else ():
             values = merge(batch[student.name] for batch in batches)
-            for name, value in named_values(student.terms, values, student.name).items():
+            for name, value in named_values(student.terms, values, student.name, step).items():
                 record[f"{student.name}/held_out{name.removeprefix(f'{student.name}/loss').removeprefix(student.name)}"] = value
         return record
 
-    def _warn_skipped(self, record: dict, student: str, step: int) -> None:
-        if skipped := record[f"{student}/skipped"]:
+    def _warn_skipped(self, record: dict, student: str, step: int, failures: int) -> None:
+        """Says that updates were skipped, and once that a student is frozen."""
+        limit = self._run.config.training.freeze_after
+        if student in self.frozen:
+            return
+        if failures >= limit:
+            self.frozen[student] = step
+            self._progress.say(
+                f"step {step}: {student} has diverged and is frozen: its gradient was not finite {limit} times in a row; its parameters "
+                f"are those before. A lower learning rate helps most"
+            )
+        elif skipped := record[f"{student}/skipped"]:
             self._progress.say(f"step {step}: {skipped} updates of {student} skipped since the last line: the gradient was not finite")
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 
-from jaxdistill.config import Config
-from jaxdistill.data import TextTokenizer, check_tokenizer, load_tokenizer
-from jaxdistill.errors import InputError
-from jaxdistill.models import EncoderConfig, find_model, load_config
-from jaxdistill.objective import bind_objective, features_read
+from jaxdistill.config import CheckpointConfig, Config
+from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokenizer
+from jaxdistill.errors import InputError, nearest
+from jaxdistill.features import Feature
+from jaxdistill.models import EncoderConfig, find_model, load_config, with_mlm_head
+from jaxdistill.objective import bind_objective, needs_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
 from jaxdistill.sharding import mesh_shape
-from jaxdistill.students import copied_layers, student_config
-from jaxdistill.train_step import StepSettings, Student
+from jaxdistill.stages import Stage, stages_of
+from jaxdistill.students import check_checkpoint, copied_layers, student_config
+from jaxdistill.train_step import Input, StepSettings, Student, teacher_reads
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder that a run reads: in a folder, or in one that an earlier stage will have written by then."""
+
+    folder: Path
+    config: EncoderConfig
+    has_mlm_head: bool
+    tokenizer: Path
 
 
 @dataclass(frozen=True)
@@ -23,15 +36,18 @@ class Run:
     """One run, resolved. `config` has every choice made that "auto" or a default left open, and absolute paths."""
 
     config: Config
+    stage: str  # "" without stages
     teacher_folder: Path
     teacher: EncoderConfig
     tokenizer_source: Path
     tokenizer: TextTokenizer
     students: tuple[Student, ...]
     copied: dict[str, tuple[int, ...] | None]  # teacher layers that each student starts from
+    checkpoints: dict[str, Path]  # folders of the students that start from one
     settings: StepSettings
     mesh: dict[str, int]
     warnings: tuple[str, ...]
+    saved: Config  # what its folder keeps: `config`, or for the last of several stages the config of them all
 
     @property
     def output(self) -> Path:
@@ -42,26 +58,119 @@ class Run:
         return Path(self.config.data.store) if self.config.data.store else self.output / "tokens"
 
     @property
-    def teacher_features(self):
+    def teacher_features(self) -> frozenset[Feature]:
         """What the students' objectives together read of the teacher."""
-        return frozenset().union(*(features_read(student.terms)[1] for student in self.students))
+        return frozenset().union(*self.teacher_passes.values())
 
     @property
-    def layer_map(self) -> dict[str, dict[str, list[list[int]]]]:
-        """Student -> term -> [student layer, teacher layer] pairs."""
-        return {s.name: {term.name: [list(pair) for pair in term.pairs] for term in s.terms} for s in self.students}
+    def teacher_passes(self) -> dict[Input, frozenset[Feature]]:
+        """Inputs on which the teacher runs, and what is read of it there."""
+        return teacher_reads(self.students)
+
+    @property
+    def layer_map(self) -> dict[str, dict[str, object]]:
+        """Student -> term -> [student layer, teacher layer] pairs; with a note where these are not fixed."""
+
+        def entry(term):
+            pairs = [list(pair) for pair in term.pairs]
+            return {"pairs": pairs, "note": term.note} if term.note else pairs
+
+        return {s.name: {term.name: entry(term) for term in s.terms} for s in self.students}
 
 
-def resolve(config: Config, *, num_devices: int | None = None) -> Run:
-    """Check a config against its teacher, its tokenizer and the devices (default: those here).
+def resolve_stages(config: Config, *, num_devices: int | None = None) -> tuple[Run, ...]:
+    """The runs of a config (one without stages), each checked against those before it.
 
     Raises:
       InputError: one line that names the field and what would be right.
     """
-    teacher_folder = find_model(config.teacher)
-    teacher = load_config(teacher_folder)
-    tokenizer_source = find_model(config.data.tokenizer) if config.data.tokenizer else teacher_folder
+    config = _absolute_output(config)
+    runs: list[Run] = []
+    planned: dict[str, Model] = {}
+    for stage in stages_of(config):
+        run = _resolve(stage, planned, num_devices)
+        runs.append(run)
+        for student in run.students:
+            folder = run.output / "export" / student.name
+            planned[str(folder)] = Model(folder, student.config, student.has_mlm_head, run.tokenizer_source)
+    if len(runs) > 1:
+        runs[-1] = replace(runs[-1], saved=_settled(config, runs[0].teacher_folder))
+    return tuple(runs)
+
+
+def resolve(config: Config, *, num_devices: int | None = None) -> Run:
+    """Check a config against its teacher, its tokenizer and the devices (default: those here); with stages, its last one.
+
+    Raises:
+      InputError: one line that names the field and what would be right.
+    """
+    return resolve_stages(config, num_devices=num_devices)[-1]
+
+
+def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int | None) -> Run:
+    config = stage.config
+    teacher = _model(config.teacher, planned)
+    tokenizer_source = find_model(config.data.tokenizer) if config.data.tokenizer else teacher.tokenizer
     tokenizer = load_tokenizer(tokenizer_source)
+    _check_text(config, teacher.config, tokenizer)
+    config = _settled(config, teacher.folder)
+    mesh = mesh_shape(config.mesh, num_devices or jax.device_count())
+    _check_batch(config, mesh)
+    students, copied, checkpoints, warnings = [], {}, {}, []
+    for name, student in config.students.items():
+        place = f"{stage.students}.{name}"
+        shape, warned = student_config(student, teacher.config, dropout=config.training.dropout, where=place)
+        objective, where = (student.objective, f"{place}.objective") if student.objective else (config.objective, stage.objective)
+        head = {"steps": config.training.steps, "teacher_has_mlm_head": teacher.has_mlm_head}
+        terms = bind_objective(objective, shape, teacher.config, where, **head)
+        text = student.input or ("masked" if reads_masked(objective) else "clean")
+        if text == "clean" and needs_labels(objective):
+            raise InputError(f"{place}.input: a term of its objective counts the masked places, and clean text has none; take masked")
+        students.append(Student(name, shape, terms, create_optimizer(config.optimizer_of(name), config.training.steps), text))
+        copied[name] = copied_layers(student, shape, teacher.config, place)
+        if isinstance(student.initialise, CheckpointConfig):
+            checkpoints[name] = _checkpoint(students[-1], student.initialise, planned, place)
+        warnings += warned
+    _check_inputs(config, students, stage.students)
+    reads_logits = any(feature.kind == "logits" for features in teacher_reads(students).values() for feature in features)
+    folder = with_mlm_head(teacher.folder) if reads_logits else teacher.folder
+    settings = StepSettings(
+        teacher.config, config.training.precision, config.training.seed, config.data.packing,
+        _masking(config, students, tokenizer), config.training.freeze_after,
+    )  # fmt: skip
+    folder = folder or teacher.folder / "mlm"  # of a student that an earlier stage will have exported by then
+    models = folder, teacher.config, tokenizer_source, tokenizer
+    return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
+
+
+def _model(path_or_hub_id: str, planned: Mapping[str, Model]) -> Model:
+    if path_or_hub_id in planned:
+        return planned[path_or_hub_id]
+    folder = find_model(path_or_hub_id)
+    return Model(folder, load_config(folder), with_mlm_head(folder) is not None, folder)
+
+
+def _checkpoint(student: Student, start: CheckpointConfig, planned: Mapping[str, Model], place: str) -> Path:
+    """The folder of the parameters that a student starts from: a model's, or one that a run exported."""
+    if start.checkpoint in planned:
+        check_checkpoint(student.config, planned[start.checkpoint].config, place)
+        return planned[start.checkpoint].folder
+    folder = Path(start.checkpoint).expanduser().absolute()
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        there = sorted(path.name for path in (folder / "export").iterdir()) if (folder / "export").is_dir() else []
+        name = start.student or (student.name if student.name in there or len(there) != 1 else there[0])
+        if name not in there:
+            raise InputError(f"{place}.initialise: the run in {folder} has exported no student {name!r}{nearest(name, there)}")
+        folder = folder / "export" / name
+    elif start.student:
+        raise InputError(f"{place}.initialise.student: {start.checkpoint} is not the folder of a run")
+    else:
+        folder = find_model(start.checkpoint)
+    check_checkpoint(student.config, load_config(folder), place)
+    return folder
+
+
+def _check_text(config: Config, teacher: EncoderConfig, tokenizer: TextTokenizer) -> None:
     where = "data.tokenizer" if config.data.tokenizer else "teacher"
     # Only where positions are counted from it does the padding index matter; BERT's kind often names another than its tokenizer.
     pad_token_id = teacher.pad_token_id if teacher.positions_from_padding else None
@@ -70,23 +179,29 @@ def resolve(config: Config, *, num_devices: int | None = None) -> Run:
         raise InputError(
             f"data.sequence_length: {config.data.sequence_length} is over the {teacher.max_sequence_length} positions of the teacher"
         )
-    config = _settled(config, teacher_folder)
-    mesh = mesh_shape(config.mesh, num_devices or jax.device_count())
-    _check_batch(config, mesh)
-    students, copied, warnings = [], {}, []
-    for name, student in config.students.items():
-        place = f"students.{name}"
-        shape, warned = student_config(student, teacher, dropout=config.training.dropout, where=place)
-        where = f"{place}.objective" if student.objective else "objective"
-        terms = bind_objective(student.objective or config.objective, shape, teacher, where)
-        optimizer = create_optimizer(student.optimizer or config.optimizer, config.training.steps)
-        students.append(Student(name, shape, terms, optimizer))
-        copied[name] = copied_layers(student, shape, teacher, place)
-        warnings += warned
-    settings = StepSettings(teacher, config.training.precision, config.training.seed, config.data.packing)
-    return Run(
-        config, teacher_folder, teacher, tokenizer_source, tokenizer, tuple(students), copied, settings, mesh, tuple(warnings)
-    )
+
+
+def _check_inputs(config: Config, students: list[Student], where: str) -> None:
+    """All students read the same text, unless the config asks for both."""
+    first = {student.input: student.name for student in reversed(students)}
+    if len(first) > 1 and not config.training.both_inputs:
+        raise InputError(
+            f"{where}: {first['masked']} needs masked text and {first['clean']} clean text, and one batch feeds them all; give them the "
+            f"same input, or set training.both_inputs to true (a second teacher pass)"
+        )
+
+
+def _masking(config: Config, students: list[Student], tokenizer: TextTokenizer) -> Masking | None:
+    if all(student.input == "clean" for student in students):
+        return None
+    if tokenizer.mask_id is None:
+        raise InputError("masking: the tokenizer has no mask token, which OD and MLM objectives put into the text")
+    special = (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id)
+    return Masking(config.masking.rate, config.masking.mask, config.masking.random, tokenizer.mask_id, special, tokenizer.vocab_size)
+
+
+def _absolute_output(config: Config) -> Config:
+    return config.model_copy(update={"output": str(Path(config.output).expanduser().absolute())})
 
 
 def _settled(config: Config, teacher_folder: Path) -> Config:

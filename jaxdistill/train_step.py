@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdistill.data import Masking, mask_tokens
 from jaxdistill.features import EncoderOutput, Feature
-from jaxdistill.models import DropoutKeys, EncoderConfig, forward
-from jaxdistill.objective import BoundTerm, features_read, loss, measure
+from jaxdistill.models import EncoderConfig, forward
+from jaxdistill.objective import features_read, loss, measure
+from jaxdistill.parts import BoundTerm, Inputs, TextVectors, first_vectors
+from jaxdistill.row_keys import RowKeys
 from jaxdistill.students import student_key
 
-Batch = dict[str, jax.Array]  # input_ids, segment_ids: [A, B, S]
+Batch = dict[str, jax.Array]  # input_ids, segment_ids: [A, B, S], or one micro-batch of them, [B, S]
+Input = Literal["clean", "masked"]
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,22 @@ class Student:
     config: EncoderConfig
     terms: tuple[BoundTerm, ...]
     optimizer: optax.GradientTransformation
+    input: Input = "clean"
+
+    @property
+    def has_mlm_head(self) -> bool:
+        return any(feature.kind == "logits" for feature in features_read(self.terms)[0])
 
 
 @jax.tree_util.register_dataclass
 @dataclass
 class StudentState:
-    """`trained` holds "params" (the encoder) and, for objectives that need them, "projections" that no export contains."""
+    """`trained` holds "params" (the encoder and its MLM head, if a loss reads it) and "projections" that no export contains."""
 
     trained: dict
     optimizer: optax.OptState
+    memory: dict  # term -> {"vectors": [K, Dt], "mask": [K]}: the teacher's text vectors of past rows
+    failures: Any  # int32: updates in a row that were not finite
 
 
 @jax.tree_util.register_dataclass
@@ -57,49 +69,156 @@ class StepSettings:
 
     teacher: EncoderConfig
     dtype: str  # of the matrix products
-    seed: int  # of the students' dropout
+    seed: int  # of the students' dropout and of the masked places
     packing: bool  # texts packed in a row do not see each other
+    masking: Masking | None = None  # of masked input; None: no student reads it
+    freeze_after: int = 20  # updates in a row that are not finite
 
 
-def _inputs(batch: Batch, packing: bool):
+@dataclass(frozen=True)
+class View:
+    """One micro-batch as the encoders read it. `labels`: of masked input, -100 = not predicted."""
+
+    input_ids: jax.Array
+    mask: jax.Array
+    segment_ids: jax.Array | None
+    labels: jax.Array | None
+
+
+def view(settings: StepSettings, name: Input, batch: Batch, key: jax.Array, rows: jax.Array) -> View:
+    """`key`: of the step; `rows`: [B], number of each row in the global batch. The masked places depend on nothing else."""
+    ids, labels = batch["input_ids"], None
+    if name == "masked":
+        ids, labels = mask_tokens(RowKeys.create(key, rows), ids, batch["segment_ids"], settings.masking)
     mask = (batch["segment_ids"] > 0).astype(jnp.int32)
-    return batch["input_ids"], mask, (batch["segment_ids"] if packing else None)
+    return View(ids, mask, batch["segment_ids"] if settings.packing else None, labels)
 
 
-def teacher_features(settings: StepSettings, params: dict, batch: Batch, features: frozenset[Feature]) -> EncoderOutput:
+def _masking_key(seed: int, use: str, number) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(use.encode())), number)
+
+
+def teacher_reads(students: Sequence[Student]) -> dict[Input, frozenset[Feature]]:
+    """What the students on each input together read of the teacher."""
+    reads: dict[Input, frozenset[Feature]] = {}
+    for student in students:
+        reads[student.input] = reads.get(student.input, frozenset()) | features_read(student.terms)[1]
+    return reads
+
+
+def teacher_features(settings: StepSettings, params: dict, seen: View, features: frozenset[Feature]) -> EncoderOutput:
     """The teacher as every loss sees it: deterministic, without gradient, only as deep as the deepest feature."""
-    ids, mask, segments = _inputs(batch, settings.packing)
-    output = forward(settings.teacher, params, ids, mask, segment_ids=segments, features=features, dtype=settings.dtype)
+    if not features:
+        return EncoderOutput({}, {}, {}, {})
+    output = forward(
+        settings.teacher, params, seen.input_ids, seen.mask, segment_ids=seen.segment_ids, features=features, dtype=settings.dtype
+    )
     return jax.lax.stop_gradient(output)
 
 
 def student_parts(
-    settings: StepSettings, student: Student, trained: dict, teacher: EncoderOutput, batch: Batch, dropout: DropoutKeys | None
+    settings: StepSettings,
+    student: Student,
+    trained: dict,
+    teacher: EncoderOutput,
+    seen: View,
+    dropout: RowKeys | None,
+    step=0,
+    negatives: dict[Feature, tuple[TextVectors, ...]] | None = None,
 ):
     """(sum, count) of every part of a student's loss over one micro-batch."""
-    ids, mask, segments = _inputs(batch, settings.packing)
-    wanted, _ = features_read(student.terms)
     output = forward(
-        student.config, trained["params"], ids, mask, segment_ids=segments, features=wanted, dropout=dropout, dtype=settings.dtype
-    )
-    return measure(student.terms, output, teacher, mask, segments)
+        student.config, trained["params"], seen.input_ids, seen.mask, segment_ids=seen.segment_ids,
+        features=features_read(student.terms)[0], dropout=dropout, dtype=settings.dtype,
+    )  # fmt: skip
+    inputs = Inputs(seen.mask, seen.segment_ids, seen.labels, step, negatives or {})
+    return measure(student.terms, output, teacher, trained["projections"], inputs)
 
 
-def _teacher_reads(students: Sequence[Student]) -> frozenset[Feature]:
-    return frozenset().union(*(features_read(student.terms)[1] for student in students))
+@dataclass(frozen=True)
+class _Micro:
+    """One micro-batch as the teacher and the students see it."""
+
+    views: dict[Input, View]
+    teacher: dict[Input, EncoderOutput]
 
 
-def evaluation_step(settings: StepSettings, students: Sequence[Student], trained: dict, teacher_params: dict, batch: Batch) -> dict:
-    """Parts of every student's loss over a batch [A, B, S], without dropout: name of the student -> part -> (sum, count)."""
+def _micro_batch(settings: StepSettings, students: Sequence[Student], teacher_params: dict, batch: Batch, key, rows) -> _Micro:
+    views = {name: view(settings, name, batch, key, rows) for name in teacher_reads(students)}
+    reads = teacher_reads(students)
+    return _Micro(views, {name: teacher_features(settings, teacher_params, views[name], reads[name]) for name in views})
 
-    def micro(carry, batch):
-        teacher = teacher_features(settings, teacher_params, batch, _teacher_reads(students))
-        parts = {s.name: student_parts(settings, s, trained[s.name], teacher, batch, None) for s in students}
-        return carry, parts
+
+def _over_micro_batches(function: Callable, batch: Batch, rows: jax.Array):
+    """What `function` returns for each micro-batch, stacked; a single one is not put into a loop."""
+    if rows.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], (batch, rows))))
+    return jax.lax.scan(lambda carry, micro: (carry, function(*micro)), None, (batch, rows))[1]
+
+
+def _numbered_rows(batch: Batch) -> jax.Array:
+    num_micro, num_rows, _ = batch["input_ids"].shape
+    return jnp.arange(num_micro * num_rows, dtype=jnp.uint32).reshape(num_micro, num_rows)
+
+
+def evaluation_step(
+    settings: StepSettings, students: Sequence[Student], trained: dict, teacher_params: dict, batch: Batch, number, step
+) -> dict:
+    """Parts of every student's loss over a batch [A, B, S], without dropout: name of the student -> part -> (sum, count).
+
+    Args:
+      number: int32, of this batch among the held-out ones, so that masked places are the same every time.
+      step: int32, for what is scheduled.
+    """
+    key = _masking_key(settings.seed, "held-out masking", number)
+
+    def parts(batch, rows):
+        micro = _micro_batch(settings, students, teacher_params, batch, key, rows)
+        return {
+            s.name: student_parts(settings, s, trained[s.name], micro.teacher[s.input], micro.views[s.input], None, step) for s in students
+        }
 
     with precision(settings.dtype):
-        _, parts = jax.lax.scan(micro, None, batch)
-    return jax.tree.map(jnp.sum, parts)
+        return jax.tree.map(jnp.sum, _over_micro_batches(parts, batch, _numbered_rows(batch)))
+
+
+def _text_vectors(settings: StepSettings, students: Sequence[Student], teacher_params: dict, batch: Batch, key) -> dict:
+    """(input, feature) -> the teacher's text vectors [A, B, D] of the global batch, for the contrastive terms."""
+    wanted = {
+        (s.input, part.teacher[0]) for s in students for t in s.terms if t.kind == "hidden_contrastive" for part in t.parts
+    }  # fmt: skip
+    if not wanted:
+        return {}
+
+    def vectors(batch, rows):
+        found = {}
+        for name in {name for name, _ in wanted}:
+            seen = view(settings, name, batch, key, rows)
+            features = frozenset(feature for other, feature in wanted if other == name)
+            teacher = teacher_features(settings, teacher_params, seen, features)
+            found |= {(name, feature): first_vectors(teacher[feature], seen.mask) for feature in features}
+        return [found[place] for place in sorted(wanted)]
+
+    return dict(zip(sorted(wanted), _over_micro_batches(vectors, batch, _numbered_rows(batch)), strict=True))
+
+
+def _flat(vectors: TextVectors) -> TextVectors:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), vectors)
+
+
+def _negatives(student: Student, state: StudentState, vectors: dict, rows: jax.Array) -> dict[Feature, tuple[TextVectors, ...]]:
+    """Text vectors outside of this micro-batch: the others of the global batch, and the memory bank."""
+    found: dict[Feature, tuple[TextVectors, ...]] = {}
+    for (name, feature), batch in vectors.items():
+        if name == student.input and batch.mask.shape[0] > 1:
+            every = _flat(batch)
+            others = jnp.arange(every.mask.shape[0], dtype=jnp.uint32) // jnp.uint32(rows.shape[0]) != rows[0] // jnp.uint32(rows.shape[0])
+            found[feature] = (TextVectors(every.vectors, every.mask * others.astype(jnp.int32)),)
+    for term in student.terms:
+        if term.memory_bank:
+            feature, bank = term.memory_bank[0], state.memory[term.name]
+            found[feature] = (*found.get(feature, ()), TextVectors(bank["vectors"], bank["mask"]))
+    return found
 
 
 def train_step(
@@ -112,65 +231,89 @@ def train_step(
 
     Returns:
       The next state, and {"tokens": real tokens, "students": student -> {"parts": part -> (sum, count), "gradient_norm",
-      "skipped"}}; skipped is 1 when the gradient was not finite and the student kept its parameters.
+      "skipped", "failures"}}; skipped is 1 when the student kept its parameters: its gradient was not finite, or it is
+      frozen after `freeze_after` such gradients in a row.
     """
-    num_micro, num_rows, _ = batch["input_ids"].shape
-    rows = jnp.arange(num_micro * num_rows, dtype=jnp.uint32).reshape(num_micro, num_rows)
-
-    def losses(trained, counts, batch, rows):
-        teacher = teacher_features(settings, teacher_params, batch, _teacher_reads(students))
-        parts, total = {}, jnp.float32(0.0)
-        for student in students:
-            key = jax.random.fold_in(student_key(settings.seed, student.name), state.step)
-            dropout = DropoutKeys.create(key, rows)
-            parts[student.name] = student_parts(settings, student, trained[student.name], teacher, batch, dropout)
-            sums = {name: part[0] for name, part in parts[student.name].items()}
-            own = {name: part[1] for name, part in parts[student.name].items()}
-            total += loss(student.terms, sums, own if counts is None else counts[student.name])
-        return total, parts
-
+    rows, key = _numbered_rows(batch), _masking_key(settings.seed, "masking", state.step)
     trained = {name: student.trained for name, student in state.students.items()}
-    gradient = jax.grad(losses, has_aux=True)
+
+    def parts_of(student: Student, own: dict, micro: _Micro, rows, vectors) -> dict:
+        dropout = RowKeys.create(jax.random.fold_in(student_key(settings.seed, student.name), state.step), rows)
+        negatives = _negatives(student, state.students[student.name], vectors, rows)
+        seen = micro.views[student.input]
+        return student_parts(settings, student, own, micro.teacher[student.input], seen, dropout, state.step, negatives)
+
+    def gradients(counts, vectors, batch, rows) -> tuple[dict, dict]:
+        micro = _micro_batch(settings, students, teacher_params, batch, key, rows)
+        found, parts = {}, {}
+        for student in students:
+
+            def value(own, student=student):
+                parts = parts_of(student, own, micro, rows, vectors)
+                sums = {name: part[0] for name, part in parts.items()}
+                own_counts = {name: part[1] for name, part in parts.items()}
+                return loss(student.terms, sums, own_counts if counts is None else counts[student.name], state.step), parts
+
+            found[student.name], parts[student.name] = jax.grad(value, has_aux=True)(trained[student.name])
+        return found, parts
+
+    def count(vectors, batch, rows) -> dict:
+        # Only the counts leave the loop, so XLA drops the encoders that the sums would need.
+        micro = _micro_batch(settings, students, teacher_params, batch, key, rows)
+        return {s.name: {n: c for n, (_, c) in parts_of(s, trained[s.name], micro, rows, vectors).items()} for s in students}
+
     with precision(settings.dtype):
-        if num_micro == 1:
-            gradients, parts = gradient(trained, None, *jax.tree.map(lambda x: x[0], (batch, rows)))
+        vectors = _text_vectors(settings, students, teacher_params, batch, key)
+        if rows.shape[0] == 1:
+            found, parts = gradients(None, vectors, *jax.tree.map(lambda x: x[0], (batch, rows)))
         else:
-            gradients, parts = _accumulate(losses, gradient, trained, batch, rows)
-    state, metrics = _update(students, state, gradients, parts)
+            counts = jax.tree.map(jnp.sum, _over_micro_batches(lambda *micro: count(vectors, *micro), batch, rows))
+            found, parts = _accumulate(lambda *micro: gradients(counts, vectors, *micro), trained, batch, rows)
+    state, metrics = _update(settings, students, state, found, parts, vectors)
     return state, {"tokens": jnp.sum(batch["segment_ids"] > 0), "students": metrics}
 
 
-def _accumulate(losses, gradient, trained, batch: Batch, rows):
+def _accumulate(gradients: Callable, trained: dict, batch: Batch, rows: jax.Array) -> tuple[dict, dict]:
     """Sum of the micro-batches' gradients, each part divided by its count over the whole batch: weighted by tokens."""
 
-    def count(carry, micro):
-        # Only the counts leave the loop, so XLA drops the encoders that the sums would need.
-        _, parts = losses(trained, None, *micro)
-        return carry, {name: {part: n for part, (_, n) in own.items()} for name, own in parts.items()}
-
-    counts = jax.tree.map(jnp.sum, jax.lax.scan(count, None, (batch, rows))[1])
-
     def add(total, micro):
-        gradients, parts = gradient(trained, counts, *micro)
-        return jax.tree.map(jnp.add, total, gradients), parts
+        found, parts = gradients(*micro)
+        return jax.tree.map(jnp.add, total, found), parts
 
-    gradients, parts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), (batch, rows))
-    return gradients, jax.tree.map(jnp.sum, parts)
+    total, parts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), (batch, rows))
+    return total, jax.tree.map(jnp.sum, parts)
 
 
-def _update(students: Sequence[Student], state: TrainState, gradients: dict, parts: dict) -> tuple[TrainState, dict]:
+def _update(settings: StepSettings, students: Sequence[Student], state: TrainState, gradients: dict, parts: dict, vectors: dict):
     updated, metrics = {}, {}
     for student in students:
-        own = gradients[student.name]
+        own, old = gradients[student.name], state.students[student.name]
         norm = optax.tree.norm(own)
         finite = jnp.isfinite(norm)
+        frozen = old.failures >= settings.freeze_after
 
-        def step(old: StudentState, own=own, optimizer=student.optimizer) -> StudentState:
+        def step(old: StudentState, own=own, optimizer=student.optimizer) -> tuple[dict, optax.OptState]:
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of int32 counters
                 updates, new = optimizer.update(own, old.optimizer, old.trained)
-            return StudentState(optax.apply_updates(old.trained, updates), new)
+            return optax.apply_updates(old.trained, updates), new
 
         # A branch, not a selection between results: what is kept is not copied.
-        updated[student.name] = jax.lax.cond(finite, step, lambda old: old, state.students[student.name])
-        metrics[student.name] = {"parts": parts[student.name], "gradient_norm": norm, "skipped": (~finite).astype(jnp.int32)}
+        trained, optimizer = jax.lax.cond(finite & ~frozen, step, lambda old: (old.trained, old.optimizer), old)
+        failures = jnp.where(frozen, old.failures, jnp.where(finite, 0, old.failures + 1))
+        updated[student.name] = StudentState(trained, optimizer, _remembered(student, old, vectors), failures)
+        skipped = (~finite | frozen).astype(jnp.int32)
+        metrics[student.name] = {"parts": parts[student.name], "gradient_norm": norm, "skipped": skipped, "failures": failures}
     return TrainState(state.step + 1, updated), metrics
+
+
+def _remembered(student: Student, old: StudentState, vectors: dict) -> dict:
+    """The memory banks with this batch's rows in front; the oldest fall out."""
+    memory = {}
+    for term in student.terms:
+        if term.memory_bank:
+            feature, size = term.memory_bank
+            new, bank = _flat(vectors[student.input, feature]), old.memory[term.name]
+            joined = {"vectors": jnp.concatenate([new.vectors.astype(jnp.float32), bank["vectors"]]),
+                      "mask": jnp.concatenate([new.mask, bank["mask"]])}  # fmt: skip
+            memory[term.name] = {name: array[:size] for name, array in joined.items()}
+    return memory

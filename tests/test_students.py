@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 from tiny_models import random_params, tiny_config
 
-from jaxdistill.config import StudentConfig
+from jaxdistill.config import CheckpointConfig, PreviousStudent, StudentConfig
 from jaxdistill.errors import InputError
 from jaxdistill.models import EncoderConfig, init_params, num_parameters
-from jaxdistill.students import SHAPES, copied_layers, export_pooler, initial_params, student_config, student_key
+from jaxdistill.students import (
+    SHAPES,
+    check_checkpoint,
+    copied_layers,
+    describe_initialisation,
+    export_pooler,
+    initial_params,
+    projected_embeddings,
+    student_config,
+    student_key,
+)
 
 BERT_BASE = EncoderConfig("bert", vocab_size=30522, num_layers=12, num_heads=12, hidden_size=768, intermediate_size=3072)
 XLM_R_BASE = dataclasses.replace(
@@ -99,7 +109,7 @@ def test_warnings():
     assert not build(BERT_BASE, num_layers=6, intermediate_size=3072)[1]
 
 
-def copied(initialise, teacher=TEACHER, **fields):
+def copied(initialise, *, teacher=TEACHER, **fields):
     student = StudentConfig(initialise=initialise, **{"num_layers": 6, "intermediate_size": 80} | fields)
     return copied_layers(student, student_config(student, teacher, dropout=None, where=PLACE)[0], teacher, PLACE)
 
@@ -113,8 +123,11 @@ def copied(initialise, teacher=TEACHER, **fields):
         ("every_k", 6, (2, 4, 6, 8, 10, 12)),
         ("every_k", 5, (2, 4, 7, 9, 12)),
         ("every_k", 1, (12,)),
-        ([1, 3, 5, 8, 10, 12], 6, (1, 3, 5, 8, 10, 12)),  # DistilBERT's
+        ("distilbert", 6, (1, 3, 5, 8, 10, 12)),
+        ([1, 3, 5, 8, 10, 12], 6, (1, 3, 5, 8, 10, 12)),
         ([12, 12], 2, (12, 12)),
+        (CheckpointConfig(checkpoint="runs/first"), 6, None),
+        (PreviousStudent(student="small"), 6, None),
     ],
 )
 def test_layers_to_copy(initialise, num_layers, expected):
@@ -126,6 +139,13 @@ def test_layers_to_copy(initialise, num_layers, expected):
     [
         ("first_k", {"num_layers": 13}, r"students\.small\.initialise: first_k needs a student no deeper than the teacher's 12 layers"),
         ("every_k", {"num_layers": 13}, "every_k needs a student no deeper"),
+        (
+            "distilbert",
+            {"num_layers": 4},
+            "distilbert is teacher layers 1, 3, 5, 8, 10, 12 for 6 layers of 12, not for 4",
+        ),
+        ("distilbert", {"teacher": tiny_config(num_layers=24)}, "for 6 layers of 12, not for 6 of 24; use every_k"),
+        ("distilbert", {"hidden_size": 24}, "copying teacher layers needs equal shapes: hidden_size is 24"),
         ([1, 2], {}, "names 2 teacher layers for a student of 6 blocks; name one for each"),
         ([0, 2, 4, 7, 9, 11], {}, r"teacher layer 0 is out of range, the teacher has layers 1\.\.12"),
         ([2, 4, 6, 8, 10, 13], {}, "teacher layer 13 is out of range"),
@@ -140,15 +160,201 @@ def test_layers_that_cannot_be_copied(initialise, fields, message):
     assert "\n" not in str(caught.value)
 
 
-def test_copied_parameters_are_the_teachers():
-    teacher_config = tiny_config(num_layers=4)
-    teacher = random_params(teacher_config, pooler=True)
-    config = dataclasses.replace(teacher_config, num_layers=2)
-    params = jax.jit(lambda key, teacher: initial_params(config, key, teacher, (2, 4)))(jax.random.key(0), teacher)
-    expected = {"embeddings": teacher["embeddings"], "layers": {"01": teacher["layers"]["02"], "02": teacher["layers"]["04"]}}
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"students\.small\.embeddings: pca is for a student narrower than the teacher's 48, got 48; initialise: first_k or every_k"),
+        ({"hidden_size": 96}, "narrower than the teacher's 48, got 96; random is what a wider one has"),
+        ({"hidden_size": 24, "initialise": "first_k"}, "pca is for a student that starts at random, initialise already says where"),
+        ({"hidden_size": 24, "initialise": CheckpointConfig(checkpoint="runs/first")}, "leave one of the two out"),
+        ({"hidden_size": 24, "initialise": [1] * 6}, "leave one of the two out"),
+    ],
+)
+def test_embeddings_that_cannot_be_projected(fields, message):
+    with pytest.raises(InputError, match=message) as caught:
+        copied(**{"initialise": "random", "embeddings": "pca"} | fields)
+    assert "\n" not in str(caught.value)
+    assert copied("random", embeddings="svd", hidden_size=24) is None
+
+
+def test_checkpoints_of_another_shape():
+    config = tiny_config(num_layers=2)
+    check_checkpoint(config, dataclasses.replace(config, hidden_dropout=0.3, initializer_range=0.1), PLACE)
+    for field, other in (
+        ("num_layers", 3), ("num_heads", 6), ("hidden_size", 24), ("intermediate_size", 40), ("vocab_size", 99), ("family", "roberta"),
+        ("max_position_embeddings", 42), ("type_vocab_size", 1), ("activation", "relu"),
+    ):  # fmt: skip
+        ours = getattr(config, field)
+        with pytest.raises(InputError) as caught:
+            check_checkpoint(config, dataclasses.replace(config, **{field: other}), PLACE)
+        assert str(caught.value) == f"{PLACE}.initialise: the checkpoint has another shape: {field} is {other}, the student's {ours}"
+    with pytest.raises(InputError, match=r"num_layers is 4, the student's 2; hidden_size is 12, the student's 48$"):
+        check_checkpoint(config, tiny_config(num_layers=4, hidden_size=12), PLACE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers", "kept", "phrase"),
+    [
+        ({}, None, None, "random"),
+        ({"initialise": "every_k"}, (2, 4, 6), None, "teacher layers 2, 4, 6"),
+        ({"initialise": [12]}, (12,), None, "teacher layer 12"),
+        ({"embeddings": "svd"}, None, 0.934, "svd of the teacher's embeddings (93 % kept), blocks random"),
+        ({"embeddings": "pca"}, None, None, "pca of the teacher's embeddings, blocks random"),
+        ({"initialise": {"checkpoint": "runs/first"}}, None, None, "checkpoint runs/first"),
+        ({"initialise": {"checkpoint": "runs/first", "student": "6L"}}, None, None, "checkpoint runs/first, student 6L"),
+        ({"initialise": {"student": "6L"}}, None, None, "student 6L of the stage before"),
+    ],
+)
+def test_phrases(fields, layers, kept, phrase):
+    assert describe_initialisation(StudentConfig(**fields), layers, kept=kept) == phrase
+
+
+def start(config, teacher, layers=None, *, checkpoint=None, **options) -> dict:
+    """Under jit, as a run has it."""
+
+    def first(key, teacher, checkpoint):
+        return initial_params(config, key, teacher, layers, checkpoint=checkpoint, **options)
+
+    return jax.jit(first)(jax.random.key(0), teacher, checkpoint)
+
+
+def assert_equal(params, expected):
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        assert np.array_equal(ours, theirs)
+        assert ours.dtype == np.float32 and np.array_equal(ours, theirs)
+
+
+DEEP = tiny_config(num_layers=4)
+SHALLOW = dataclasses.replace(DEEP, num_layers=2)
+
+
+def test_copied_parameters_are_the_teachers():
+    teacher = random_params(DEEP, pooler=True)
+    expected = {"embeddings": teacher["embeddings"], "layers": {"01": teacher["layers"]["02"], "02": teacher["layers"]["04"]}}
+    assert_equal(start(SHALLOW, teacher, (2, 4)), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_comes_with_the_layers(tied):
+    """And never with a decoder of its own; a teacher without a head leaves the random one."""
+    teacher = random_params(DEEP, mlm=True, tied=tied)
+    head = {name: leaf for name, leaf in teacher["mlm"].items() if name != "decoder"}
+    assert set(head) == {"dense", "norm", "bias"} and ("decoder" in teacher["mlm"]) != tied
+    assert_equal(start(SHALLOW, teacher, (2, 4), mlm=True)["mlm"], head)
+    assert "mlm" not in start(SHALLOW, teacher, (2, 4))
+    random = init_params(SHALLOW, jax.random.key(0), mlm=True)["mlm"]
+    del teacher["mlm"]
+    assert_equal(start(SHALLOW, teacher, (2, 4), mlm=True)["mlm"], random)
+
+
+def test_a_head_of_random_blocks_is_random():
+    teacher, narrow = random_params(DEEP, mlm=True), dataclasses.replace(SHALLOW, hidden_size=24)
+    for config, how in ((SHALLOW, "random"), (narrow, "svd")):
+        assert_equal(start(config, teacher, mlm=True, embeddings=how)["mlm"], init_params(config, jax.random.key(0), mlm=True)["mlm"])
+
+
+def test_a_checkpoint_is_taken_as_it_is():
+    checkpoint = random_params(SHALLOW, seed=1, mlm=True, pooler=True, tied=False)
+    encoder = {name: checkpoint[name] for name in ("embeddings", "layers")}
+    head = {name: leaf for name, leaf in checkpoint["mlm"].items() if name != "decoder"}
+    teacher = random_params(DEEP, mlm=True)
+    assert_equal(start(SHALLOW, teacher, checkpoint=checkpoint), encoder)
+    assert_equal(start(SHALLOW, teacher, checkpoint=checkpoint, mlm=True), encoder | {"mlm": head})
+    random = init_params(SHALLOW, jax.random.key(0), mlm=True)["mlm"]
+    assert_equal(start(SHALLOW, teacher, checkpoint=encoder, mlm=True), encoder | {"mlm": random})
+    half = jax.tree.map(lambda leaf: leaf.astype(np.float16), encoder)
+    assert_equal(start(SHALLOW, teacher, checkpoint=half), jax.tree.map(lambda leaf: leaf.astype(np.float32), half))
+
+
+WIDTH, NARROW = 48, 20
+TABLES = ("word", "position", "token_type")
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict:
+    """Embeddings with a spectrum, so that directions are well apart, and with a mean that is far from 0."""
+    rng = np.random.default_rng(0)
+    embeddings = random_params(TEACHER)["embeddings"]
+    mixing = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0] * 0.95 ** np.arange(WIDTH)[:, None]
+    mean = rng.normal(0.0, 0.2, WIDTH)
+    for name in TABLES:
+        table = embeddings[name]["embedding"] @ mixing
+        embeddings[name] = {"embedding": (table + (mean if name == "word" else 0)).astype(np.float32)}
+    return embeddings
+
+
+def expected_projection(embeddings: dict, how: str) -> tuple[dict, np.ndarray, float]:
+    """By the singular value decomposition of the table itself, in double precision: (tables, basis, share)."""
+    arrays = {name: embeddings[name]["embedding"].astype(np.float64) for name in TABLES}
+    if how == "pca":
+        arrays["word"] = arrays["word"] - arrays["word"].mean(axis=0)
+    _, values, rows = np.linalg.svd(arrays["word"], full_matrices=False)
+    basis = rows[:NARROW].T
+    basis = basis * np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(NARROW)])
+    return {name: array @ basis for name, array in arrays.items()}, basis, (values[:NARROW] ** 2).sum() / (values**2).sum()
+
+
+@pytest.mark.parametrize("how", ["pca", "svd"])
+def test_projected_embeddings_are_numpys(tables, how):
+    ours, kept = jax.jit(partial(projected_embeddings, hidden_size=NARROW, how=how))(tables)
+    theirs, basis, share = expected_projection(tables, how)
+    assert set(ours) == set(TABLES) and 0.5 < share < 0.99
+    np.testing.assert_allclose(kept, share, rtol=1e-5)
+    for name in TABLES:
+        np.testing.assert_allclose(ours[name]["embedding"], theirs[name], atol=2e-5 * np.abs(theirs["word"]).max())
+    np.testing.assert_allclose(basis.T @ basis, np.eye(NARROW), atol=1e-12)
+
+
+def test_each_projection_loses_the_least_of_its_own(tables):
+    """pca of the variance, svd of the norm: the share is 1 - what is lost; with this mean the two are far apart."""
+    words = tables["word"]["embedding"].astype(np.float64)
+    centred = words - words.mean(axis=0)
+    lost = {}
+    for how in ("pca", "svd"):
+        ours = np.asarray(projected_embeddings(tables, NARROW, how)[0]["word"]["embedding"], np.float64)
+        for name, table in (("centred", centred), ("uncentred", words)):
+            # The best reconstruction that a linear map makes of these columns.
+            best = ours @ np.linalg.lstsq(ours, table, rcond=None)[0]
+            lost[how, name] = ((table - best) ** 2).sum() / (table**2).sum()
+    assert lost["pca", "centred"] < 0.98 * lost["svd", "centred"]
+    assert lost["svd", "uncentred"] < 0.98 * lost["pca", "uncentred"]
+    for how, name in (("pca", "centred"), ("svd", "uncentred")):
+        np.testing.assert_allclose(1 - projected_embeddings(tables, NARROW, how)[1], lost[how, name], rtol=1e-4)
+
+
+def test_the_mean_leaves_the_words_alone(tables):
+    ours, _ = projected_embeddings(tables, NARROW, "pca")
+    assert np.abs(np.asarray(ours["word"]["embedding"]).mean(axis=0)).max() < 1e-5
+    shifted = tables | {"word": {"embedding": tables["word"]["embedding"] + np.float32(0.5)}}
+    for name in TABLES:
+        np.testing.assert_allclose(projected_embeddings(shifted, NARROW, "pca")[0][name]["embedding"], ours[name]["embedding"], atol=1e-3)
+
+
+def test_a_full_width_projection_keeps_every_product(tables):
+    """A rotation: nothing is lost, and the three tables turn alike."""
+    ours, kept = projected_embeddings(tables, WIDTH, "svd")
+    np.testing.assert_allclose(kept, 1.0, rtol=1e-6)
+    before, after = (np.concatenate([np.asarray(which[name]["embedding"]) for name in TABLES]) for which in (tables, ours))
+    np.testing.assert_allclose(after @ after.T, before @ before.T, atol=1e-4 * (before @ before.T).max())
+
+
+@pytest.mark.parametrize("how", ["pca", "svd"])
+def test_a_student_of_projected_embeddings(tables, how):
+    """The tables are the projection; norm and blocks are those of the random student of the same key."""
+    config = dataclasses.replace(SHALLOW, hidden_size=NARROW)
+    params, random = (start(config, {"embeddings": tables}, embeddings=which) for which in (how, "random"))
+    projected = jax.jit(partial(projected_embeddings, hidden_size=NARROW, how=how))(tables)[0]
+    for name in TABLES:
+        np.testing.assert_allclose(params["embeddings"][name]["embedding"], projected[name]["embedding"], atol=1e-5)
+    assert_equal(params | {"embeddings": random["embeddings"]}, random)
+    assert_equal(params["embeddings"]["norm"], random["embeddings"]["norm"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_mlm_head_adds_what_its_parts_have(shape):
+    config, _ = build(BERT_BASE, shape=shape)
+    width = config.hidden_size
+    assert count(config, mlm=True) - count(config) == width * width + width + 2 * width + 30522
 
 
 def test_random_parameters_come_from_the_key_and_the_name():

@@ -8,10 +8,12 @@ from jaxdistill.losses.attention import attention_kl, attention_mse
 from jaxdistill.losses.contrastive import hidden_contrastive
 from jaxdistill.losses.direct import direct_mse
 from jaxdistill.losses.hidden import first_tokens, hidden_cosine, hidden_mse
+from jaxdistill.losses.layers import attended_layers
 from jaxdistill.losses.output import mlm_cross_entropy, output_kl
 from jaxdistill.losses.relations import relation_kl, relation_mse
 
 __all__ = [
+    "attended_layers",
     "attention_kl",
     "attention_mse",
     "direct_mse",

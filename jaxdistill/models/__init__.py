@@ -19,7 +19,7 @@ from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import MLMHead, Pooler
 from jaxdistill.models.hub import find_model, weights_sha256
-from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained
+from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained, with_mlm_head
 from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Float, Int, Key, Num
 
@@ -36,6 +36,7 @@ __all__ = [
     "num_parameters",
     "save_pretrained",
     "weights_sha256",
+    "with_mlm_head",
 ]
 
 Params = dict
@@ -90,9 +91,21 @@ def forward(
       dtype: of the matrix products; softmax and norms are float32.
 
     Raises:
-      ValueError: a layer that the model does not have, or a sequence longer than its position table.
+      ValueError: a layer that the model does not have, logits without an MLM head or below the last layer, or a sequence
+        longer than its position table.
     """
+    logits = Feature("logits", config.num_layers)
+    last = Feature("hidden", config.num_layers)
+    if logits in features:
+        output = forward(
+            config, params, input_ids, attention_mask, token_type_ids, segment_ids,
+            features=features - {logits} | {last}, dropout=dropout, dtype=dtype,
+        )  # fmt: skip
+        output.logits[config.num_layers] = mlm_logits(config, params, output[last], dtype=dtype)
+        return output
     for feature in features:
+        if feature.kind == "logits":
+            raise ValueError(f"logits are of the last layer, {config.num_layers}, not of layer {feature.layer}")
         if not (0 if feature.kind == "hidden" else 1) <= feature.layer <= config.num_layers:
             raise ValueError(f"no {feature.kind} of layer {feature.layer}: the encoder has layers 1..{config.num_layers} (hidden also 0)")
     if input_ids.shape[1] > config.max_sequence_length:

@@ -137,6 +137,20 @@ def _checked(value, name: str, file: Path):
     return value
 
 
+def with_mlm_head(folder: Path) -> Path | None:
+    """The folder whose weights have an MLM head: this one, or its subfolder mlm/ (as an export writes it); None: neither.
+
+    Raises:
+      InputError: no weights there, or an index that cannot be read.
+    """
+    for place in (folder, folder / "mlm"):
+        if (place / "config.json").is_file() and any(
+            re.match(r"cls\.predictions\.|lm_head\.", name) for name in _read_tensors(place, names_only=True)
+        ):
+            return place
+    return None
+
+
 def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
     """Config and parameters (float32 arrays on the host) of a model folder or Hub id; reads safetensors only.
 
@@ -212,29 +226,35 @@ def _shapes(config: EncoderConfig):
     return shape
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a model."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            outside = any(Path(shard).name != shard for shard in shards)
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = any(Path(name).name != name for name in names)
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index}: not an index of safetensors files (no weight_map from weights to file names)") from None
         if outside:
             raise InputError(f"{index}: names a file outside its folder")
     elif (folder / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
+        names = ["model.safetensors"]
     else:
         raise InputError(_no_weights(folder))
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing; {index.name} names it")
+    return [folder / name for name in names]
+
+
+def _read_tensors(folder: Path, names_only: bool = False) -> dict[str, np.ndarray]:
     tensors = {}
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise InputError(f"{folder / shard}: missing; {index.name} names it")
+    for shard in _shards(folder):
         try:
-            with safe_open(folder / shard, "numpy") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}
+            with safe_open(shard, "numpy") as file:
+                tensors |= {name: np.empty(0) if names_only else file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{folder / shard}: damaged or truncated safetensors file ({error}); fetch it again") from None
+            raise InputError(f"{shard}: damaged or truncated safetensors file ({error}); fetch it again") from None
     return tensors
 
 

@@ -14,6 +14,9 @@ TEMPERATURE = 0.07
 THREE = 1 / np.log(3).item()
 
 
+contrast = jax.jit(hidden_contrastive)
+
+
 # Most tests share the shapes 16 x 24 with 5 more negatives, and with them the compiled program.
 @jax.jit
 def evaluate(student, teacher, negatives, mask, negatives_mask, temperature=TEMPERATURE):
@@ -71,8 +74,8 @@ def test_two_rows_by_hand(temperature):
 def test_direction_by_hand():
     """The sum is over the teacher's vectors: 3/4 and 1/4 for two equal students, 3/6 and 1/2 for two equal teachers."""
     different, equal = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    assert float(hidden_contrastive(equal, different, temperature=THREE)[0]) == pytest.approx(np.log(4 / 3) + np.log(4), abs=1e-6)
-    assert float(hidden_contrastive(different, equal, temperature=THREE)[0]) == pytest.approx(2 * np.log(2), abs=1e-6)
+    assert float(contrast(equal, different, temperature=THREE)[0]) == pytest.approx(np.log(4 / 3) + np.log(4), abs=1e-6)
+    assert float(contrast(different, equal, temperature=THREE)[0]) == pytest.approx(2 * np.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("filled", [None, jnp.array([1, 0])], ids=["one negative", "one of two"])
@@ -80,21 +83,21 @@ def test_negatives_by_hand(filled):
     """A negative like the first text: 3 / (3 + 1 + 3) and 3 / (1 + 3 + 1), so ln(7/3) + ln(5/3) = 1.358123."""
     rows = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     negatives = jnp.array([[5.0, 0.0], [0.0, 1.0]])[: 1 if filled is None else 2]
-    total, count = hidden_contrastive(rows, rows, temperature=THREE, negatives=negatives, negatives_mask=filled)
+    total, count = contrast(rows, rows, temperature=THREE, negatives=negatives, negatives_mask=filled)
     assert float(total) == pytest.approx(1.358123, abs=1e-6) and float(count) == 2.0
 
 
 def test_mask_by_hand():
     """A row that does not count is nobody's negative: the two others cost what they cost alone, 2 ln(4/3)."""
     rows = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    total, count = hidden_contrastive(rows, rows, temperature=THREE, mask=jnp.array([1, 0, 1]))
+    total, count = contrast(rows, rows, temperature=THREE, mask=jnp.array([1, 0, 1]))
     assert float(total) == pytest.approx(0.575364, abs=1e-6) and float(count) == 2.0
 
 
 def test_one_text_alone():
     """Nothing to tell it from."""
     student, teacher, _ = make_rows(1)
-    assert float(hidden_contrastive(jnp.asarray(student), jnp.asarray(teacher), temperature=TEMPERATURE)[0]) == 0.0
+    assert float(contrast(jnp.asarray(student), jnp.asarray(teacher), temperature=TEMPERATURE)[0]) == 0.0
 
 
 @pytest.mark.parametrize("noise", [np.nan, np.inf, 1e30, 0.0])
@@ -115,16 +118,16 @@ def test_masked_rows_against_loops(noise):
 
 def test_masks_default_to_all():
     student, teacher, negatives = map(jnp.asarray, make_rows())
-    expected = evaluate(student, teacher, negatives, np.ones(16), np.ones(5))
-    total, count = hidden_contrastive(student, teacher, temperature=TEMPERATURE, negatives=negatives)
+    expected = evaluate(student, teacher, negatives, np.ones(16, bool), np.ones(5, int))
+    total, count = contrast(student, teacher, temperature=TEMPERATURE, negatives=negatives)
     assert_close(total / count, expected[0])
     assert count == expected[1] == 16.0
 
 
 def test_without_a_bank_equals_an_empty_one():
     student, teacher, negatives = map(jnp.asarray, make_rows())
-    expected = evaluate(student, teacher, negatives, MASK, np.zeros(5))
-    total, count = hidden_contrastive(student, teacher, temperature=TEMPERATURE, mask=jnp.asarray(MASK, jnp.int32))
+    expected = evaluate(student, teacher, negatives, MASK, np.zeros(5, int))
+    total, count = contrast(student, teacher, temperature=TEMPERATURE, mask=jnp.asarray(MASK, jnp.int32))
     assert_close(total / count, expected[0])
     assert not np.any(expected[2][2])
 
@@ -132,13 +135,14 @@ def test_without_a_bank_equals_an_empty_one():
 def test_the_other_texts_of_the_batch_are_the_negatives():
     """Halves add up to the batch when each has the teacher's vectors of the other half as negatives, and not without."""
     student, teacher, _ = make_rows()
-    value, _, gradients = evaluate(student, teacher, np.ones((8, 24), np.float32), np.ones(16), np.zeros(8))
+    value, _, gradients = evaluate(student, teacher, np.ones((8, 24), np.float32), np.ones(16, bool), np.zeros(8, int))
     halves = [slice(0, 8), slice(8, 16)]
-    parts = [evaluate(student[own], teacher[own], teacher[other], np.ones(8), np.ones(8)) for own, other in (halves, halves[::-1])]
+    both_ways = halves, halves[::-1]
+    parts = [evaluate(student[own], teacher[own], teacher[other], np.ones(8, bool), np.ones(8, int)) for own, other in both_ways]
     assert_close((parts[0][0] + parts[1][0]) / 2, value)
     assert_close(jnp.concatenate([part[2][0] for part in parts]) / 2, gradients[0])
     assert_close(jnp.concatenate([parts[0][2][1] + parts[1][2][2], parts[1][2][1] + parts[0][2][2]]) / 2, gradients[1])
-    alone = [evaluate(student[own], teacher[own], teacher[own], np.ones(8), np.zeros(8))[0] for own in halves]
+    alone = [evaluate(student[own], teacher[own], teacher[own], np.ones(8, bool), np.zeros(8, int))[0] for own in halves]
     assert sum(alone) / 2 < value - 0.1
 
 
@@ -202,7 +206,7 @@ def test_bfloat16_inputs_give_float32_sums():
 
 
 def test_nothing_to_count():
-    value, count, gradients = evaluate(*make_rows(), np.zeros(16), FILLED)
+    value, count, gradients = evaluate(*make_rows(), np.zeros(16, bool), FILLED)
     assert value == count == 0.0 and not any(np.any(gradient) for gradient in gradients)
 
 

@@ -20,6 +20,9 @@ def name(request):
     return request.param
 
 
+hidden_mse, hidden_cosine, first_tokens = map(jax.jit, (losses.hidden_mse, losses.hidden_cosine, losses.first_tokens))
+
+
 # Most tests share the shapes 4 x 14, 24 wide with a projection to 36 or 24 wide without, and with them the compiled program.
 @partial(jax.jit, static_argnums=0)
 def evaluate(loss, student, teacher, mask, projection=None):
@@ -64,16 +67,16 @@ def test_mse_by_hand():
     student = jnp.array([[[1.0, 2.0], [0.0, 0.0]]])
     teacher = jnp.array([[[0.0, 2.0, 5.0], [0.0, 1.0, 0.0]]])
     projection = jnp.array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
-    total, count = losses.hidden_mse(student, teacher, jnp.ones((1, 2)), projection)
+    total, count = hidden_mse(student, teacher, jnp.ones((1, 2)), projection)
     assert (total.dtype, count.dtype, total.shape, count.shape) == (jnp.float32, jnp.float32, (), ())
     assert float(total) == pytest.approx(6.0) and float(count) == 6.0
-    total, count = losses.hidden_mse(student, teacher, jnp.array([[1, 0]]), projection)
+    total, count = hidden_mse(student, teacher, jnp.array([[1, 0]]), projection)
     assert float(total) == pytest.approx(5.0) and float(count) == 3.0
 
 
 def test_mse_of_equal_widths_by_hand():
     """(1, 2) against (3, 1): 4 + 1."""
-    total, count = losses.hidden_mse(jnp.array([[[1.0, 2.0]]]), jnp.array([[[3.0, 1.0]]]), jnp.ones((1, 1)))
+    total, count = hidden_mse(jnp.array([[[1.0, 2.0]]]), jnp.array([[[3.0, 1.0]]]), jnp.ones((1, 1)))
     assert float(total) == pytest.approx(5.0) and float(count) == 2.0
 
 
@@ -84,16 +87,16 @@ TEACHER_ANGLES = jnp.array([[[4.0, 3.0], [0.0, 5.0], [-2.0, -2.0], [4.0, 2.0]]])
 
 def test_cosine_by_hand():
     """0.04 + 1 + 2 + 0."""
-    total, count = losses.hidden_cosine(STUDENT_ANGLES, TEACHER_ANGLES, jnp.ones((1, 4)))
+    total, count = hidden_cosine(STUDENT_ANGLES, TEACHER_ANGLES, jnp.ones((1, 4)))
     assert (total.dtype, count.dtype, total.shape, count.shape) == (jnp.float32, jnp.float32, (), ())
     assert float(total) == pytest.approx(3.04, abs=1e-6) and float(count) == 4.0
-    total, count = losses.hidden_cosine(STUDENT_ANGLES, TEACHER_ANGLES, jnp.array([[1, 0, 1, 0]]))
+    total, count = hidden_cosine(STUDENT_ANGLES, TEACHER_ANGLES, jnp.array([[1, 0, 1, 0]]))
     assert float(total) == pytest.approx(2.04, abs=1e-6) and float(count) == 2.0
 
 
 def test_cosine_through_a_projection_by_hand():
     """W exchanges the two numbers: (3, 4) and (4, 3) agree, (1, 0) and (0, 5) too."""
-    total, _ = losses.hidden_cosine(STUDENT_ANGLES[:, :2], TEACHER_ANGLES[:, :2], jnp.ones((1, 2)), jnp.array([[0.0, 1.0], [1.0, 0.0]]))
+    total, _ = hidden_cosine(STUDENT_ANGLES[:, :2], TEACHER_ANGLES[:, :2], jnp.ones((1, 2)), jnp.array([[0.0, 1.0], [1.0, 0.0]]))
     assert float(total) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -101,10 +104,10 @@ def test_first_tokens():
     """Whatever the side of the padding; a hole in a text starts no other; with segments, one a text, none in the padding."""
     mask = jnp.array([[1, 1, 1, 0], [0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
     expected = [[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
-    first = losses.first_tokens(mask)
+    first = first_tokens(mask)
     assert first.dtype == jnp.int32
     np.testing.assert_array_equal(first, expected)
-    np.testing.assert_array_equal(losses.first_tokens(mask, mask), expected)
+    np.testing.assert_array_equal(first_tokens(mask, mask), expected)
 
 
 @pytest.mark.parametrize("all_ones", [False, True], ids=["masked", "segments only"])
@@ -112,26 +115,26 @@ def test_first_tokens_of_packed_texts(all_ones):
     segments = jnp.array([[1, 1, 2, 2, 2, 3], [2, 1, 1, 1, 0, 0], [0, 0, 5, 5, 4, 0], [0, 0, 0, 0, 0, 0]])
     mask = jnp.ones_like(segments) if all_ones else segments.clip(0, 1)
     expected = [[1, 0, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(losses.first_tokens(mask, segments), expected)
+    np.testing.assert_array_equal(first_tokens(mask, segments), expected)
 
 
 def test_first_token_of_a_text_whose_first_slots_are_masked():
-    np.testing.assert_array_equal(losses.first_tokens(jnp.array([[0, 1, 1, 0, 1]]), jnp.array([[1, 1, 2, 2, 2]])), [[0, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(first_tokens(jnp.array([[0, 1, 1, 0, 1]]), jnp.array([[1, 1, 2, 2, 2]])), [[0, 1, 1, 0, 0]])
 
 
 def test_cls_of_packed_texts_equals_separate(name):
     """The first tokens of packed rows, and of the same texts one a row and padded left."""
     student, teacher = make_vectors(4, 14, 24, 36)
     segments, projection = make_segments(PACKED, 14), make_projection()
-    first = losses.first_tokens(jnp.asarray(segments.clip(0, 1)), jnp.asarray(segments))
-    packed = evaluate(LOSSES[name], student, teacher, first, projection)
+    first = first_tokens(segments.clip(0, 1), segments)
+    packed = evaluate(LOSSES[name], student, teacher, first > 0, projection)
     places = [(row, np.nonzero(segments[row] == n)[0]) for row in range(3) for n in range(1, segments[row].max() + 1)]
 
     def separate(vectors):
         return np.stack([np.pad(vectors[row, own], ((14 - len(own), 0), (0, 0))) for row, own in places])
 
     mask = np.stack([np.arange(14) >= 14 - len(own) for _, own in places]).astype(np.int32)
-    alone = evaluate(LOSSES[name], separate(student), separate(teacher), losses.first_tokens(jnp.asarray(mask)), projection)
+    alone = evaluate(LOSSES[name], separate(student), separate(teacher), first_tokens(mask), projection)
     assert_close(packed[0], alone[0])
     assert packed[1] == alone[1] == 7 * (36 if name == "hidden_mse" else 1)
     assert_close(packed[2][1], alone[2][1])
@@ -279,7 +282,7 @@ def test_mse_of_large_vectors():
 
 
 def test_nothing_to_count(name):
-    value, count, gradients = evaluate(LOSSES[name], *make_vectors(4, 14, 24, 36), np.zeros((4, 14)), make_projection())
+    value, count, gradients = evaluate(LOSSES[name], *make_vectors(4, 14, 24, 36), np.zeros((4, 14), bool), make_projection())
     assert value == count == 0.0 and not np.any(gradients[0]) and not np.any(gradients[1])
 
 
