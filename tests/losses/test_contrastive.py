@@ -59,7 +59,7 @@ FILLED = np.array([1, 0, 1, 1, 0])
 
 def assert_close(ours, reference, tolerance=1e-5):
     reference = np.asarray(reference)
-    np.testing.assert_allclose(ours, reference, rtol=tolerance, atol=tolerance * max(np.abs(reference).max(), 1e-12))
+    np.testing.assert_allclose(ours, reference, rtol=tolerance, atol=tolerance * max(np.abs(reference).max(), 1e-12), equal_nan=False)
 
 
 @pytest.mark.parametrize("temperature", [THREE, jnp.float32(THREE)], ids=["float", "array"])
