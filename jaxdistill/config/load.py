@@ -195,6 +195,8 @@ def expand_grid(values: Mapping) -> dict:
 def select_students(config: Config, patterns: Sequence[str]) -> Config:
     """The config with those students alone whose names match one of the patterns (as in a shell); none given: all.
 
+    A stage that names students by patterns keeps those that match one of them; without any it falls away.
+
     Raises:
       InputError: a pattern that no student matches.
     """
@@ -202,8 +204,18 @@ def select_students(config: Config, patterns: Sequence[str]) -> Config:
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise InputError(f"--student: no student matches {pattern!r}{nearest(pattern, names)}")
-    kept = [name for name in names if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    return config.model_copy(update={"students": {name: config.students[name] for name in kept}})
+    if not patterns:
+        return config
+    kept = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    stages = {}
+    for name, stage in config.stages.items():
+        if isinstance(stage.students, tuple):
+            matching = tuple(pattern for pattern in stage.students if fnmatch.filter(kept, pattern))
+            if not matching:
+                continue
+            stage = stage.model_copy(update={"students": matching})
+        stages[name] = stage
+    return config.model_copy(update={"students": {name: config.students[name] for name in kept}, "stages": stages})
 
 
 def load_config(config: Config | Mapping | str | Path | None = None, overrides: Sequence[str] = (), **fields: Any) -> Config:
