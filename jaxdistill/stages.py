@@ -44,17 +44,19 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         folder = output / "stages" / name if number < len(config.stages) - 1 else output
         place = f"stages.{name}"
         students = _students(stage, known, place)
-        known |= students
+        known |= students if isinstance(stage.students, dict) else {}  # what a stage says of the run's holds for itself alone
         where = f"{place}.students" if isinstance(stage.students, dict) else "students"
         students = {own: _started(own, student, stage, found, folders, f"{where}.{own}") for own, student in students.items()}
         seed = config.training.seed + number  # another stage, another order of the text
+        # None: in the run's folder, wherever that may lie one day.
+        store = config.data.store or (None if folder == output else str(output / "tokens"))
         training = changed(config.training.model_copy(update={"seed": seed}), stage.training)
         fields = _teacher(stage, found, place) | {
             "students": students,
             "objective": stage.objective or config.objective,
             "optimizer": changed(config.optimizer, stage.optimizer),
             "training": training,
-            "data": config.data.model_copy(update={"store": config.data.store or str(output / "tokens")}),
+            "data": config.data.model_copy(update={"store": store}),
             "export": config.export if folder == output else ExportConfig(),  # in full precision to the next stage
             "stages": {},
             "output": str(folder),
@@ -72,9 +74,10 @@ def _students(stage: StageConfig, known: dict[str, StudentConfig], place: str) -
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise InputError(f"{place}.students: no student matches {pattern!r}{nearest(pattern, known)}")
-    said = {field: None for field in ("objective", "optimizer") if getattr(stage, field) is not None}
+    said = {"objective": None, "input": None} if stage.objective else {}
     own = {name: student for name, student in known.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
-    return {name: student.model_copy(update=said | ({"input": None} if "objective" in said else {})) for name, student in own.items()}
+    rates = {name: student.optimizer and changed(student.optimizer, stage.optimizer) for name, student in own.items()}
+    return {name: student.model_copy(update=said | {"optimizer": rates[name]}) for name, student in own.items()}
 
 
 def _previous(student: str, found: list[Stage], place: str) -> Path:
@@ -91,10 +94,11 @@ def _started(
     name: str, student: StudentConfig, stage: StageConfig, found: list[Stage], folders: dict[str, Path], place: str
 ) -> StudentConfig:
     """The student with its start as a checkpoint, where it goes on from an earlier stage."""
-    if isinstance(student.initialise, PreviousStudent):
-        folder = _previous(student.initialise.student, found, f"{place}.initialise")
-    elif name in folders and not (isinstance(stage.students, dict) and "initialise" in student.model_fields_set):
+    # By its value and not by whether it was said: in the config that a run keeps, every default is spelled out.
+    if name in folders and not (isinstance(stage.students, dict) and student.initialise != "random"):
         folder = folders[name] / "export" / name
+    elif isinstance(student.initialise, PreviousStudent):
+        folder = _previous(student.initialise.student, found, f"{place}.initialise")
     else:
         return student
     return student.model_copy(update={"initialise": CheckpointConfig(checkpoint=str(folder)), "embeddings": "random"})
