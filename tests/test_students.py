@@ -1,7 +1,7 @@
 """The published shapes and their sizes, what a student starts from, and every refusal."""
 
 import dataclasses
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
@@ -218,6 +218,11 @@ def start(config, teacher, layers=None, *, checkpoint=None, **options) -> dict:
     return jax.jit(first)(jax.random.key(0), teacher, checkpoint)
 
 
+@lru_cache
+def random_start(config: EncoderConfig) -> dict:
+    return jax.jit(partial(init_params, config, mlm=True))(jax.random.key(0))
+
+
 def assert_equal(params, expected):
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
@@ -242,15 +247,8 @@ def test_a_head_comes_with_the_layers(tied):
     assert set(head) == {"dense", "norm", "bias"} and ("decoder" in teacher["mlm"]) != tied
     assert_equal(start(SHALLOW, teacher, (2, 4), mlm=True)["mlm"], head)
     assert "mlm" not in start(SHALLOW, teacher, (2, 4))
-    random = init_params(SHALLOW, jax.random.key(0), mlm=True)["mlm"]
     del teacher["mlm"]
-    assert_equal(start(SHALLOW, teacher, (2, 4), mlm=True)["mlm"], random)
-
-
-def test_a_head_of_random_blocks_is_random():
-    teacher, narrow = random_params(DEEP, mlm=True), dataclasses.replace(SHALLOW, hidden_size=24)
-    for config, how in ((SHALLOW, "random"), (narrow, "svd")):
-        assert_equal(start(config, teacher, mlm=True, embeddings=how)["mlm"], init_params(config, jax.random.key(0), mlm=True)["mlm"])
+    assert_equal(start(SHALLOW, teacher, (2, 4), mlm=True)["mlm"], random_start(SHALLOW)["mlm"])
 
 
 def test_a_checkpoint_is_taken_as_it_is():
@@ -260,8 +258,7 @@ def test_a_checkpoint_is_taken_as_it_is():
     teacher = random_params(DEEP, mlm=True)
     assert_equal(start(SHALLOW, teacher, checkpoint=checkpoint), encoder)
     assert_equal(start(SHALLOW, teacher, checkpoint=checkpoint, mlm=True), encoder | {"mlm": head})
-    random = init_params(SHALLOW, jax.random.key(0), mlm=True)["mlm"]
-    assert_equal(start(SHALLOW, teacher, checkpoint=encoder, mlm=True), encoder | {"mlm": random})
+    assert_equal(start(SHALLOW, teacher, checkpoint=encoder, mlm=True), encoder | {"mlm": random_start(SHALLOW)["mlm"]})
     half = jax.tree.map(lambda leaf: leaf.astype(np.float16), encoder)
     assert_equal(start(SHALLOW, teacher, checkpoint=half), jax.tree.map(lambda leaf: leaf.astype(np.float32), half))
 
@@ -340,9 +337,10 @@ def test_a_full_width_projection_keeps_every_product(tables):
 
 @pytest.mark.parametrize("how", ["pca", "svd"])
 def test_a_student_of_projected_embeddings(tables, how):
-    """The tables are the projection; norm and blocks are those of the random student of the same key."""
-    config = dataclasses.replace(SHALLOW, hidden_size=NARROW)
-    params, random = (start(config, {"embeddings": tables}, embeddings=which) for which in (how, "random"))
+    """The tables are the projection; norm, blocks and head are those of the random student of the same key."""
+    config = dataclasses.replace(SHALLOW, num_layers=1, hidden_size=NARROW)
+    teacher, random = {"embeddings": tables, "mlm": random_params(DEEP, mlm=True)["mlm"]}, random_start(config)
+    params = start(config, teacher, embeddings=how, mlm=True)
     projected = jax.jit(partial(projected_embeddings, hidden_size=NARROW, how=how))(tables)[0]
     for name in TABLES:
         np.testing.assert_allclose(params["embeddings"][name]["embedding"], projected[name]["embedding"], atol=1e-5)
