@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 Params = dict
-DropoutKeys = RowKeys
 
 
 @lru_cache(maxsize=64)
