@@ -65,3 +65,25 @@ def similarity_agreement(teacher: Float[np.ndarray, "N Dt"], student: Float[np.n
         return (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
 
     return float(spearmanr(similarities(teacher), similarities(student)).statistic)
+
+
+def linear_cka(student: Float[np.ndarray, "N Ds"], teacher: Float[np.ndarray, "N Dt"]) -> float:
+    """Linear centred kernel alignment of two sets of vectors of the same N tokens (Kornblith et al. 2019, eq. 5); 1: equal up to
+    rotation and scale."""
+    x, y = (vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64) for vectors in (student, teacher))
+    return float(np.sum((x.T @ y) ** 2) / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
+
+
+def explained_variance(student: Float[np.ndarray, "N Ds"], teacher: Float[np.ndarray, "N Dt"]) -> float:
+    """Share of the teacher's variance that a linear map of the student's vectors explains (R^2).
+
+    Fitted by least squares on the first half of the rows and measured on the second, so that width alone earns nothing.
+    """
+    half = len(student) // 2
+    x, y = student.astype(np.float64), teacher.astype(np.float64)
+    mean_x, mean_y = x[:half].mean(axis=0), y[:half].mean(axis=0)
+    gram = (x[:half] - mean_x).T @ (x[:half] - mean_x)
+    gram += 1e-6 * np.trace(gram) / len(gram) * np.eye(len(gram))  # a direction that the student never uses would make it singular
+    weights = np.linalg.solve(gram, (x[:half] - mean_x).T @ (y[:half] - mean_y))
+    residual = y[half:] - mean_y - (x[half:] - mean_x) @ weights
+    return float(1 - np.sum(residual**2) / np.sum((y[half:] - y[half:].mean(axis=0)) ** 2))
