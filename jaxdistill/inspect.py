@@ -14,10 +14,12 @@ from rich.text import Text
 from jaxdistill.features import deepest_layer
 from jaxdistill.flops import forward_flops_per_token, step_flops_per_token
 from jaxdistill.models import EncoderConfig, init_params
+from jaxdistill.objective import initial_projections
 from jaxdistill.report import summary_table
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import AXES, partition_spec
 from jaxdistill.students import describe_initialisation
+from jaxdistill.train_step import Student
 
 
 def inspection(run: Run) -> Group:
@@ -27,11 +29,20 @@ def inspection(run: Run) -> Group:
     return Group(*title, *warnings, parameter_table(run), layer_table(run), sharding_table(run), cost_table(run))
 
 
-def _abstract_params(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter."""
-    shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+def _paths(tree) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every array of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+def _abstract_params(config: EncoderConfig, mlm: bool = False) -> dict[str, tuple[int, ...]]:
+    return _paths(jax.eval_shape(partial(init_params, config, mlm=mlm), jax.random.key(0)))
+
+
+def _abstract_trained(student: Student) -> dict[str, tuple[int, ...]]:
+    """Of everything that the optimizer trains: encoder, head, projections."""
+    projections = jax.eval_shape(partial(initial_projections, student.terms), jax.random.key(0))
+    return _abstract_params(student.config, student.has_mlm_head) | {f"projections/{k}": v for k, v in _paths(projections).items()}
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -40,17 +51,19 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def parameter_table(run: Run) -> Table:
     """Shape and parameters of the teacher and of every student, in millions."""
-    models = [("teacher", run.teacher), *((student.name, student.config) for student in run.students)]
+    models = [("teacher", run.teacher, _abstract_params(run.teacher))]
+    models += [(student.name, student.config, _abstract_trained(student)) for student in run.students]
     rows = []
-    for name, config in models:
+    for name, config, params in models:
         groups: dict[str, int] = defaultdict(int)
-        for path, shape in _abstract_params(config).items():
+        for path, shape in params.items():
             groups[path.split("/")[0]] += _size(shape)
         shape = f"{config.num_layers} x {config.hidden_size}, {config.num_heads} heads, ffn {config.intermediate_size}"
-        total = sum(groups.values())
-        numbers = (groups["embeddings"], groups["layers"] // config.num_layers, total)
-        rows.append((name, shape, *(f"{number / 1e6:.2f}" for number in numbers)))
-    return summary_table(rows, ("model", "layers x hidden", "embeddings (M)", "a block (M)", "all (M)"), "Parameters")
+        encoder = groups["embeddings"] + groups["layers"]
+        numbers = (groups["embeddings"], groups["layers"] // config.num_layers, encoder, groups["mlm"], groups["projections"])
+        rows.append((name, shape, *(f"{number / 1e6:.2f}" if number else "-" for number in numbers)))
+    columns = ("model", "layers x hidden", "embeddings (M)", "a block (M)", "encoder (M)", "MLM head (M)", "projections (M)")
+    return summary_table(rows, columns, "Parameters; projections are trained and not exported")
 
 
 def layer_table(run: Run) -> Table:
@@ -68,20 +81,27 @@ def layer_table(run: Run) -> Table:
 
 
 def sharding_table(run: Run) -> Table:
-    """How the parameters of each student lie on the mesh; the optimizer state lies alike."""
+    """How what is trained lies on the mesh, students of one shape together; the optimizer state lies alike."""
     mesh = AbstractMesh(tuple(run.mesh[axis] for axis in AXES), AXES)
-    rows = []
+    shapes: dict[tuple, list[str]] = defaultdict(list)
     for student in run.students:
+        shapes[tuple(_abstract_params(student.config, student.has_mlm_head).items())].append(student.name)
+    rows = []
+    for params, names in shapes.items():
+        title = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         groups: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0])
-        for path, shape in _abstract_params(student.config).items():
+        for path, shape in params:
             spec = partition_spec(path, shape, mesh)
             name = "/".join(part for part in path.split("/") if not part.isdigit())
             pieces = _size(tuple(mesh.shape[axis] for axis in spec if axis))
             groups[name, _show(spec, mesh)][0] += 1
             groups[name, _show(spec, mesh)][1] += _size(shape) * 4 / pieces / 1e6
-        rows += [(student.name, path, spec, count, f"{megabytes:.2f}") for (path, spec), (count, megabytes) in groups.items()]
+        rows += [(title, path, spec, count, f"{megabytes:.2f}") for (path, spec), (count, megabytes) in groups.items()]
+    for student in run.students:
+        if projections := [shape for path, shape in _abstract_trained(student).items() if path.startswith("projections/")]:
+            rows.append((student.name, "projections", "whole", len(projections), f"{sum(map(_size, projections)) * 4 / 1e6:.2f}"))
     shape = ", ".join(f"{axis} {size}" for axis, size in run.mesh.items())
-    return summary_table(rows, ("student", "parameter", "split over", "arrays", "MB on a device"), f"Shardings on {shape}")
+    return summary_table(rows, ("students", "parameter", "split over", "arrays", "MB on a device"), f"Shardings on {shape}")
 
 
 def _show(spec: PartitionSpec, mesh: AbstractMesh) -> str:
