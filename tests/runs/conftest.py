@@ -52,3 +52,12 @@ def ground(tmp_path_factory) -> Ground:
     text = root / "text.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in make_texts(120)), encoding="utf-8")
     return Ground(teacher, text)
+
+
+@pytest.fixture(scope="session")
+def ground_with_head(ground) -> Ground:
+    """The same text for a teacher with an MLM head."""
+    backend = wordpiece()
+    teacher = write_folder(ground.teacher.with_name("teacher_with_head"), backend, BERT_SPECIAL)
+    write_model(teacher, tiny_config(vocab_size=backend.get_vocab_size(), num_layers=4, max_position_embeddings=64), mlm=True)
+    return Ground(teacher, ground.text)
