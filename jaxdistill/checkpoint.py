@@ -36,6 +36,7 @@ FREE_FIELDS = frozenset(
 )
 
 _FREE_CHECKPOINT = re.compile(r"students\..+\.initialise\.checkpoint")  # read once, at the start
+_IN_STAGE = re.compile(r"stages\.[^.]+\.(?=training\.|teacher$)")  # a stage's own are as free as the run's
 
 _HEADER = "# The resolved config of a jaxdistill run, written by it.\n"
 _PACKAGES = ("jaxdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
@@ -126,12 +127,14 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _is_free(path: str) -> bool:
+    path = _IN_STAGE.sub("", path)
     parts = ["*" if part.isdigit() else part for part in path.split(".")]
     return _FREE_CHECKPOINT.fullmatch(path) is not None or any(".".join(parts[:n]) in FREE_FIELDS for n in range(1, len(parts) + 1))
 
 
 def _check_continuity(saved: Config, config: Config, folder: Path) -> None:
-    before, now = _flat(saved.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    # The names of the stages and their order, which the fields alone do not show.
+    before, now = (_flat(each.model_dump(mode="json")) | {"stages": list(each.stages)} for each in (saved, config))
     for path in [*before, *(path for path in now if path not in before)]:
         if before.get(path) != now.get(path) and not _is_free(path):
             raise InputError(

@@ -42,8 +42,8 @@ from jaxdistill.report import SUMMARY_COLUMNS, markdown_table, plot_losses, prin
 from jaxdistill.resolve import Run, resolve_stages
 from jaxdistill.sharding import create_mesh, tree_shardings
 from jaxdistill.state import abstract_state, initial_state
-from jaxdistill.students import describe_initialisation
-from jaxdistill.train_step import TrainState, evaluation_step, train_step
+from jaxdistill.students import describe_initialisation, projected_embeddings
+from jaxdistill.train_step import Student, TrainState, evaluation_step, train_step
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def distill(
     with hold_output(last.config):
         for run in runs[:-1]:
             # The whole run's folder first, so that it is one to go on with whatever stops the stage.
-            prepare_text(run, newest_record(run.config))
+            prepare_text(run, newest_record(run.config) if goes_on else None)
             begin_output(last.saved, goes_on=goes_on)
             goes_on = True
             stage_goes_on = check_output(run.saved, overwrite=False)
@@ -109,7 +109,7 @@ def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
     mesh = create_mesh(run.config.mesh)
     title = f"Stage {run.stage}" if run.stage else "Distilling"
     with jax.set_mesh(mesh), choose_progress(run.config.training.steps, title, is_main=True) as progress:
-        for line in describe(run, goes_on):
+        for line in describe(run, teacher_params, goes_on):
             progress.say(line)
         state, frozen = train(run, store, mesh, teacher_params, progress)
     params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
@@ -211,20 +211,29 @@ def evaluate_held_out(compiled, run: Run, store: TokenStore, mesh: jax.sharding.
     return [jax.device_get(compiled(trained, teacher, batch, np.int32(number), np.int32(step))) for number, batch in batches]
 
 
-def describe(run: Run, goes_on: bool) -> Iterator[str]:
+def describe(run: Run, teacher_params: dict, goes_on: bool) -> Iterator[str]:
     """What is about to be done, a line each."""
     yield from (f"warning: {warning}" for warning in run.warnings)
     teacher, passes = run.teacher, run.teacher_passes
     depth = ", ".join(f"{name} text to layer {deepest_layer(features)}" for name, features in passes.items())
     yield f"teacher {run.config.teacher_name}: {teacher.num_layers} x {teacher.hidden_size}, runs on {depth}"
     for student in run.students:
-        start = describe_initialisation(run.config.students[student.name], run.copied[student.name])
+        kept = kept_share(run, student, teacher_params)
+        start = describe_initialisation(run.config.students[student.name], run.copied[student.name], kept=kept)
         yield f"student {student.name}: {student.config.num_layers} x {student.config.hidden_size} from {start}; {student.input} text"
         for term in student.terms:
             yield f"  {term.description}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.items())
     yield f"devices: {jax.device_count()} {jax.default_backend()} ({mesh}), {run.settings.dtype}"
     yield f"output: {run.output}{' (holds this run: going on with it)' if goes_on else ''}"
+
+
+def kept_share(run: Run, student: Student, teacher_params: dict) -> float | None:
+    """Of the teacher's embeddings, what a student that starts from their projection keeps."""
+    how = run.config.students[student.name].embeddings
+    if how == "random":
+        return None
+    return float(projected_embeddings(teacher_params["embeddings"], student.config.hidden_size, how)[1])
 
 
 def report_run(run: Run, history: list[dict], exports: dict[str, Path], frozen: dict[str, int]) -> None:
