@@ -85,7 +85,7 @@ class BoundTerm:
     def layers(self) -> str:
         """The effective layer map for a person, student<-teacher."""
         pairs = " ".join(f"{student}<-{teacher}" for student, teacher in self.pairs)
-        return " ".join(filter(None, [pairs, self.note and f"({self.note})"]))
+        return f"{pairs} ({self.note})" if pairs and self.note else pairs or self.note
 
     @property
     def description(self) -> str:

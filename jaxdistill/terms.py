@@ -218,7 +218,7 @@ def _bind_output(name: str, term: OutputKL, sides: Sides) -> BoundTerm:
 
     depths = sides.student.num_layers, sides.teacher.num_layers
     part = Part(name, 1.0, (Feature("logits", depths[0]),), (Feature("logits", depths[1]),), compute, lambda length: 0)
-    return BoundTerm(name, term.kind, term.weight, (), (part,), "logits")
+    return BoundTerm(name, term.kind, term.weight, (), (part,), f"logits of {term.positions} tokens, T {term.temperature}")
 
 
 def _bind_mlm(name: str, term: MLMCrossEntropy, sides: Sides) -> BoundTerm:
@@ -226,7 +226,7 @@ def _bind_mlm(name: str, term: MLMCrossEntropy, sides: Sides) -> BoundTerm:
         return losses.mlm_cross_entropy(student[0], inputs.labels)
 
     part = Part(name, 1.0, (Feature("logits", sides.student.num_layers),), (), compute, lambda length: 0)
-    return BoundTerm(name, term.kind, term.weight, (), (part,), "labels")
+    return BoundTerm(name, term.kind, term.weight, (), (part,), "labels of masked tokens")
 
 
 _BIND: dict[type, Callable[..., BoundTerm]] = {
