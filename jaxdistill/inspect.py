@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import partial
+from functools import cache, partial
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -35,6 +35,7 @@ def _paths(tree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
+@cache
 def _abstract_params(config: EncoderConfig, mlm: bool = False) -> dict[str, tuple[int, ...]]:
     return _paths(jax.eval_shape(partial(init_params, config, mlm=mlm), jax.random.key(0)))
 
