@@ -254,7 +254,14 @@ def train_step(
                 own_counts = {name: part[1] for name, part in parts.items()}
                 return loss(student.terms, sums, own_counts if counts is None else counts[student.name], state.step), parts
 
-            found[student.name], parts[student.name] = jax.grad(value, has_aux=True)(trained[student.name])
+            def nothing(own, student=student):
+                zero = jnp.float32(0.0), jnp.float32(0.0)
+                return jax.tree.map(jnp.zeros_like, own), {part.name: zero for term in student.terms for part in term.parts}
+
+            # A branch, so that a frozen student costs nothing, and that one student's activations are freed before the next's.
+            frozen = state.students[student.name].failures >= settings.freeze_after
+            compute = jax.grad(value, has_aux=True)
+            found[student.name], parts[student.name] = jax.lax.cond(frozen, nothing, compute, trained[student.name])
         return found, parts
 
     def count(vectors, batch, rows) -> dict:
