@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import command, finish
 from tiny_models import tiny_config, write_model
 from tiny_texts import BERT_SPECIAL, ROBERTA_SPECIAL, byte_level_bpe, wordpiece, write_folder
 
@@ -96,6 +97,85 @@ def test_a_wrong_field(cli, config, tmp_path, override, parts):
     path = config()
     assert_refused(cli("distill", path, override), *parts)
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["config.yaml"]
+
+
+NARROW = "{small: {num_layers: 2, hidden_size: 24, num_heads: %s, initialise: %s}}"
+LATE = "{schedule: linear, values: [1, 0], steps: [0, 9]}"  # of a run of 8 steps
+TO_BE_TAUGHT = "{first: {objective: [hidden_mse]}, second: {%s}}"
+
+
+@pytest.mark.parametrize("verb", ["distill", "inspect"])
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        # Maps and terms
+        (
+            ["objective=[{kind: hidden_mse, layer_map: unifrom}]"],
+            ["objective.0.layer_map.strategy: unknown layer map 'unifrom'", "'uniform'"],
+        ),
+        (["objective=[relation_kll]"], ["objective.0.kind: unknown term 'relation_kll'", "did you mean 'relation_kl'"]),
+        (["students.small.objective=[hidden_mce]"], ["students.small.objective.0.kind: unknown term 'hidden_mce'", "'hidden_mse'"]),
+        (
+            ["objective=[{kind: hidden_mse, layer_map: {strategy: explicit, pairs: [[2, 5]]}}]"],
+            ["objective.0.layer_map:", "5 is out of range"],
+        ),
+        (["objective=[{kind: direct_mse, layer_map: learned}]"], ["objective.0.layer_map: learned", "not for direct_mse"]),
+        # A side that lacks the feature
+        (["objective=[output_kl]"], ["objective.0: output_kl reads the teacher's logits", "no MLM head", "BertForMaskedLM"]),
+        (["students.small.objective=[hidden_mse, output_kl]"], ["students.small.objective.1: output_kl"]),
+        (["objective=[mlm_cross_entropy]", "students.small.input=clean"], ["students.small.input: ", "take masked"]),
+        # Equal widths and heads
+        (
+            [f"students={NARROW % (4, 'random')}", "objective=[{kind: hidden_mse, projection: never}]"],
+            ["objective.0.projection: never needs equal hidden sizes", "24", "48"],
+        ),
+        ([f"students={NARROW % (4, 'every_k')}"], ["students.small.initialise", "24", "48"]),
+        (
+            [f"students={NARROW % (3, 'random')}", "objective=[attention_kl]"],
+            ["objective.0: attention_kl", "has 3, the teacher 4", "num_heads 4"],
+        ),
+        ([f"students={NARROW % (3, 'random')}", "objective=[direct_mse]"], ["objective.0.relation_heads: native heads", "num_heads 4"]),
+        # Two texts
+        (
+            ["students={od: {num_layers: 2, objective: [mlm_cross_entropy]}, hs: {num_layers: 2, objective: [hidden_mse]}}"],
+            ["students: od needs masked text and hs clean text", "training.both_inputs"],
+        ),
+        # Stages
+        (["students.small.initialise={student: small}"], ["students.small.initialise: a student of the stage before", "no stages"]),
+        (["stages={first: {teacher: {student: small}}}"], ["stages.first.teacher: a student of the stage before", "first stage"]),
+        (
+            [f"stages={TO_BE_TAUGHT % 'teacher: {student: smal}'}"],
+            ["stages.second.teacher: the stage before, first, has no student 'smal'", "did you mean 'small'"],
+        ),
+        (
+            [f"stages={TO_BE_TAUGHT % 'students: {new: {num_layers: 2, initialise: {student: large}}}'}"],
+            ["stages.second.students.new.initialise: the stage before, first, has no student 'large'"],
+        ),
+        ([f"stages={TO_BE_TAUGHT % 'students: [tiny]'}"], ["stages.second.students: no student matches 'tiny'"]),
+        ([f"stages={TO_BE_TAUGHT % 'objective: [output_kl]'}"], ["stages.second.objective.0: output_kl reads the teacher's logits"]),
+        # Schedules
+        (["objective.0.weight=" + LATE], ["objective.0.weight.steps: step 9 is out of range, the run has 8 (training.steps)"]),
+        (
+            [f"objective=[{{kind: hidden_contrastive, temperature: {LATE.replace('0],', '1],')}}}]"],
+            ["objective.0.temperature.steps: step 9"],
+        ),
+        # Grids and selections
+        (["grid=[{small: {num_layers: 1}}]"], ["grid: the cell 'small' is in students already"]),
+        (["grid=[{a: {num_layers: 2}, a.b: {num_layers: 2}}, {c: {}, b.c: {}}]"], ["grid: the cell 'a.b.c' is in students already"]),
+        (["--student", "large"], ["--student: no student matches 'large'"]),
+        (["--student", "smal"], ["--student: no student matches 'smal'", "did you mean 'small'"]),
+    ],
+)
+def test_a_wrong_method(cli, config, tmp_path, verb, overrides, parts):
+    path = config()
+    assert_refused(cli(verb, path, *overrides), *parts)
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["config.yaml"]
+
+
+def test_a_wrong_method_in_a_process_of_its_own(config):
+    code, out, err = finish(command("distill", config(), "objective=[output_kl]", num_devices=8))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: objective.0: output_kl reads the teacher's logits") and err.count("\n") == 1
 
 
 def test_config_files(cli, tmp_path):
@@ -196,7 +276,7 @@ def test_inspect_reads_no_text_and_writes_nothing(cli, config, tmp_path):
     code, out, err = cli("inspect", path)
     assert code == 0 and err == ""
     assert sorted(tmp_path.rglob("*")) == before
-    shown = "precision: float32", "2<-4", "runs to layer 4", "embeddings/word/embedding", "128 tokens a step", "128,000 in 1,000"
+    shown = "precision: float32", "2<-4", "on clean text to layer 4", "embeddings/word/embedding", "128 tokens a step", "128,000 in 1,000"
     for part in shown:
         assert part in out, part
 
