@@ -175,10 +175,14 @@ def evaluation_step(
     def parts(batch, rows):
         micro = _micro_batch(settings, students, teacher_params, batch, key, rows)
         return {
-            s.name: student_parts(settings, s, trained[s.name], micro.teacher[s.input], micro.views[s.input], None, step) for s in students
+            s.name: student_parts(
+                settings, s, trained[s.name], micro.teacher[s.input], micro.views[s.input], None, step, _negatives(s, {}, vectors, rows)
+            )
+            for s in students
         }
 
     with precision(settings.dtype):
+        vectors = _text_vectors(settings, students, teacher_params, batch, key)
         return jax.tree.map(jnp.sum, _over_micro_batches(parts, batch, _numbered_rows(batch)))
 
 
@@ -206,8 +210,8 @@ def _flat(vectors: TextVectors) -> TextVectors:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), vectors)
 
 
-def _negatives(student: Student, state: StudentState, vectors: dict, rows: jax.Array) -> dict[Feature, tuple[TextVectors, ...]]:
-    """Text vectors outside of this micro-batch: the others of the global batch, and the memory bank."""
+def _negatives(student: Student, memory: dict, vectors: dict, rows: jax.Array) -> dict[Feature, tuple[TextVectors, ...]]:
+    """Text vectors outside of this micro-batch: the others of the global batch, and the memory banks (an evaluation has none)."""
     found: dict[Feature, tuple[TextVectors, ...]] = {}
     for (name, feature), batch in vectors.items():
         if name == student.input and batch.mask.shape[0] > 1:
@@ -215,8 +219,8 @@ def _negatives(student: Student, state: StudentState, vectors: dict, rows: jax.A
             others = jnp.arange(every.mask.shape[0], dtype=jnp.uint32) // jnp.uint32(rows.shape[0]) != rows[0] // jnp.uint32(rows.shape[0])
             found[feature] = (TextVectors(every.vectors, every.mask * others.astype(jnp.int32)),)
     for term in student.terms:
-        if term.memory_bank:
-            feature, bank = term.memory_bank[0], state.memory[term.name]
+        if term.memory_bank and term.name in memory:
+            feature, bank = term.memory_bank[0], memory[term.name]
             found[feature] = (*found.get(feature, ()), TextVectors(bank["vectors"], bank["mask"]))
     return found
 
@@ -239,7 +243,7 @@ def train_step(
 
     def parts_of(student: Student, own: dict, micro: _Micro, rows, vectors) -> dict:
         dropout = RowKeys.create(jax.random.fold_in(student_key(settings.seed, student.name), state.step), rows)
-        negatives = _negatives(student, state.students[student.name], vectors, rows)
+        negatives = _negatives(student, state.students[student.name].memory, vectors, rows)
         seen = micro.views[student.input]
         return student_parts(settings, student, own, micro.teacher[student.input], seen, dropout, state.step, negatives)
 
