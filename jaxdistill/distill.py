@@ -109,7 +109,7 @@ def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
     mesh = create_mesh(run.config.mesh)
     title = f"Stage {run.stage}" if run.stage else "Distilling"
     with jax.set_mesh(mesh), choose_progress(run.config.training.steps, title, is_main=True) as progress:
-        for line in describe(run, teacher_params, goes_on):
+        for line in describe(run, teacher_params, goes_on=record is not None):
             progress.say(line)
         state, frozen = train(run, store, mesh, teacher_params, progress)
     params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
@@ -211,7 +211,7 @@ def evaluate_held_out(compiled, run: Run, store: TokenStore, mesh: jax.sharding.
     return [jax.device_get(compiled(trained, teacher, batch, np.int32(number), np.int32(step))) for number, batch in batches]
 
 
-def describe(run: Run, teacher_params: dict, goes_on: bool) -> Iterator[str]:
+def describe(run: Run, teacher_params: dict, *, goes_on: bool) -> Iterator[str]:
     """What is about to be done, a line each."""
     yield from (f"warning: {warning}" for warning in run.warnings)
     teacher, passes = run.teacher, run.teacher_passes

@@ -93,8 +93,11 @@ def resolve_stages(config: Config, *, num_devices: int | None = None) -> tuple[R
         for student in run.students:
             folder = run.output / "export" / student.name
             planned[str(folder)] = Model(folder, student.config, student.has_mlm_head, run.tokenizer_source)
+    trained = {student.name for run in runs for student in run.students}
+    idle = tuple(f"students.{name}: no stage trains it" for name in config.students if name not in trained)
+    runs[0] = replace(runs[0], warnings=runs[0].warnings + idle)
     if len(runs) > 1:
-        runs[-1] = replace(runs[-1], saved=_settled(config, runs[0].teacher_folder))
+        runs[-1] = replace(runs[-1], saved=_settled(config))
     return tuple(runs)
 
 
@@ -113,7 +116,7 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int | None
     tokenizer_source = find_model(config.data.tokenizer) if config.data.tokenizer else teacher.tokenizer
     tokenizer = load_tokenizer(tokenizer_source)
     _check_text(config, teacher.config, tokenizer)
-    config = _settled(config, teacher.folder)
+    config = _settled(config)
     mesh = mesh_shape(config.mesh, num_devices or jax.device_count())
     _check_batch(config, mesh)
     students, copied, checkpoints, warnings = [], {}, {}, []
@@ -204,7 +207,7 @@ def _absolute_output(config: Config) -> Config:
     return config.model_copy(update={"output": str(Path(config.output).expanduser().absolute())})
 
 
-def _settled(config: Config, teacher_folder: Path) -> Config:
+def _settled(config: Config) -> Config:
     """The precision that "auto" means here, and paths that hold from any working directory."""
 
     def absolute(path: str | None) -> str | None:
