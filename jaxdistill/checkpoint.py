@@ -176,6 +176,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int | None = None):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines for every save
+        if jax.process_count() == 1:
+            # Replicas would share the writing of an array in slices, and each shape of a slice is compiled: worth it across hosts.
+            handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+            ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)

@@ -183,8 +183,9 @@ def begin(run: Run, checkpoints: Checkpoints, mesh: jax.sharding.Mesh, teacher_p
 
 
 def frozen_students(run: Run, state: TrainState, step: int) -> dict[str, int]:
-    failures = {name: int(jax.device_get(student.failures)) for name, student in state.students.items()}
-    return {name: step for name, count in failures.items() if count >= run.config.training.freeze_after}
+    """Students that have diverged, with the step at which they were frozen."""
+    over = {name: int(jax.device_get(s.failures)) - run.config.training.freeze_after for name, s in state.students.items()}
+    return {name: step - count for name, count in over.items() if count >= 0}
 
 
 def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:

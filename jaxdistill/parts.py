@@ -38,13 +38,13 @@ def first_vectors(hidden: jax.Array, mask: jax.Array) -> TextVectors:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a part may read beside its features. Text vectors go by the feature that they are of."""
+    """What a part may read beside its features. Negatives go by the name of their term."""
 
     mask: jax.Array  # [B, S], 1 = real token
     segment_ids: jax.Array | None  # [B, S] with packed rows
     labels: jax.Array | None  # [B, S] of masked input, -100 = not predicted
     step: Any  # int32
-    negatives: dict[Feature, tuple[TextVectors, ...]]  # rows of the other micro-batches, and of a memory bank
+    negatives: dict[str, tuple[TextVectors, ...]]  # rows of the other micro-batches, and of a memory bank
 
     @property
     def first_tokens(self) -> jax.Array:

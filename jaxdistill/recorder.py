@@ -115,7 +115,7 @@ class Recorder:
         if student in self.frozen:
             return
         if failures >= limit:
-            self.frozen[student] = step
+            step = self.frozen[student] = step - (failures - limit)
             self._progress.say(
                 f"step {step}: {student} has diverged and is frozen: its gradient was not finite {limit} times in a row; its parameters "
                 f"are those before. A lower learning rate helps most"

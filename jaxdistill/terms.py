@@ -175,12 +175,13 @@ def _bind_contrastive(name: str, term: HiddenContrastive, sides: Sides) -> Bound
     pairs, links, note = links_of(term.layer_map, sides, 0)
     _check_schedule(term.temperature, sides, "temperature")
     if len(links) != 1 or links[0].draws is not None:
-        raise InputError(f"{sides.place}.layer_map: hidden_contrastive compares one pair of layers; this map has {len(links)}")
+        kind = "changes" if len(links) == 1 else f"has {len(links)}"
+        raise InputError(f"{sides.place}.layer_map: hidden_contrastive compares one fixed pair of layers; this map {kind}")
     student_feature, teacher_feature = links[0].features("hidden")
 
     def compute(student, teacher, projections, inputs: Inputs) -> SumAndCount:
         own, targets = (first_vectors(vectors, inputs.mask) for vectors in (student[0], teacher[0]))
-        others = inputs.negatives.get(teacher_feature[0], ())
+        others = inputs.negatives.get(name, ())
         vectors = [jnp.matmul(_float32(other.vectors), projections["teacher"]) for other in others]
         return losses.hidden_contrastive(
             jnp.matmul(_float32(own.vectors), projections["student"]),

@@ -124,7 +124,7 @@ def student_parts(
     seen: View,
     dropout: RowKeys | None,
     step=0,
-    negatives: dict[Feature, tuple[TextVectors, ...]] | None = None,
+    negatives: dict[str, tuple[TextVectors, ...]] | None = None,
 ):
     """(sum, count) of every part of a student's loss over one micro-batch."""
     output = forward(
@@ -210,18 +210,21 @@ def _flat(vectors: TextVectors) -> TextVectors:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), vectors)
 
 
-def _negatives(student: Student, memory: dict, vectors: dict, rows: jax.Array) -> dict[Feature, tuple[TextVectors, ...]]:
-    """Text vectors outside of this micro-batch: the others of the global batch, and the memory banks (an evaluation has none)."""
-    found: dict[Feature, tuple[TextVectors, ...]] = {}
-    for (name, feature), batch in vectors.items():
-        if name == student.input and batch.mask.shape[0] > 1:
-            every = _flat(batch)
-            others = jnp.arange(every.mask.shape[0], dtype=jnp.uint32) // jnp.uint32(rows.shape[0]) != rows[0] // jnp.uint32(rows.shape[0])
-            found[feature] = (TextVectors(every.vectors, every.mask * others.astype(jnp.int32)),)
+def _negatives(student: Student, memory: dict, vectors: dict, rows: jax.Array) -> dict[str, tuple[TextVectors, ...]]:
+    """Contrastive term -> text vectors outside of this micro-batch: the others of the global batch, and its memory bank."""
+    found: dict[str, tuple[TextVectors, ...]] = {}
     for term in student.terms:
-        if term.memory_bank and term.name in memory:
-            feature, bank = term.memory_bank[0], memory[term.name]
-            found[feature] = (*found.get(feature, ()), TextVectors(bank["vectors"], bank["mask"]))
+        if term.kind != "hidden_contrastive":
+            continue
+        batch = vectors[student.input, term.parts[0].teacher[0]]
+        own: tuple[TextVectors, ...] = ()
+        if batch.mask.shape[0] > 1:
+            every, size = _flat(batch), jnp.uint32(rows.shape[0])
+            others = jnp.arange(every.mask.shape[0], dtype=jnp.uint32) // size != rows[0] // size
+            own = (TextVectors(every.vectors, every.mask * others.astype(jnp.int32)),)
+        if bank := memory.get(term.name):
+            own += (TextVectors(bank["vectors"], bank["mask"]),)
+        found[term.name] = own
     return found
 
 
@@ -310,7 +313,7 @@ def _update(settings: StepSettings, students: Sequence[Student], state: TrainSta
 
         # A branch, not a selection between results: what is kept is not copied.
         trained, optimizer = jax.lax.cond(finite & ~frozen, step, lambda old: (old.trained, old.optimizer), old)
-        failures = jnp.where(frozen, old.failures, jnp.where(finite, 0, old.failures + 1))
+        failures = jnp.where(finite & ~frozen, 0, old.failures + 1)  # goes on counting when frozen: since when can be told
         updated[student.name] = StudentState(trained, optimizer, _remembered(student, old, vectors), failures)
         skipped = (~finite | frozen).astype(jnp.int32)
         metrics[student.name] = {"parts": parts[student.name], "gradient_norm": norm, "skipped": skipped, "failures": failures}
