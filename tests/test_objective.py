@@ -194,8 +194,8 @@ REFUSED = [
         ([make(kind, "learned")], STUDENT, rf"objective\.0\.layer_map: learned .* not for {kind.model_fields['kind'].default}$")
         for kind in (RelationKL, RelationMSE, DirectMSE, AttentionKL, AttentionMSE, HiddenContrastive)
     ),
-    ([make(HiddenContrastive, "uniform")], STUDENT, r"objective\.0\.layer_map: hidden_contrastive compares one pair .* has 6$"),
-    ([make(HiddenContrastive, "random")], STUDENT, r"objective\.0\.layer_map: hidden_contrastive compares one pair"),
+    ([make(HiddenContrastive, "uniform")], STUDENT, r"objective\.0\.layer_map: hidden_contrastive compares one fixed pair .* has 6$"),
+    ([make(HiddenContrastive, "random")], STUDENT, r"objective\.0\.layer_map: hidden_contrastive compares one fixed pair"),
     ([term(weight=LATE)], STUDENT, r"objective\.0\.weight\.steps: step 11 is out of range, the run has 10 \(training\.steps\)"),
     ([term(), MLMCrossEntropy(weight=LATE)], STUDENT, r"objective\.1\.weight\.steps: step 11 is out of range"),
     ([OutputKL(temperature=LATE)], STUDENT, r"objective\.0\.temperature\.steps: step 11 is out of range"),
@@ -225,7 +225,7 @@ def test_heads_that_the_message_names_work():
 
 def test_a_schedule_may_end_with_the_run():
     (bound,) = bind(OutputKL(weight=falling(1.0, 0.0, 10), temperature=falling(4.0, 1.0, 10)))
-    assert bound.description == "linear 1 at 0, 0 at 10 x output_kl: (logits)"
+    assert bound.description == "linear 1 at 0, 0 at 10 x output_kl: logits of all tokens, T linear 4 at 0, 1 at 10"
 
 
 # What is computed
@@ -290,7 +290,7 @@ def test_measure_by_hand(packed):
     assert int(parts["output_kl_9"][1]) == 2
 
 
-def test_contrastive_reads_first_tokens_and_the_negatives_of_its_own_feature():
+def test_contrastive_reads_first_tokens_and_the_negatives_of_its_own_name():
     (bound,) = bind(make(HiddenContrastive, projection_size=8, temperature=0.5, memory_bank=4))
     assert bound.memory_bank == (Feature("hidden", 12), 4)
     s, t = arrays(0, (6,)), arrays(1, (12,))
@@ -299,9 +299,9 @@ def test_contrastive_reads_first_tokens_and_the_negatives_of_its_own_feature():
     projections = initial_projections([bound], jax.random.key(0))
     own, targets = (projections["hidden_contrastive"][side]["kernel"] for side in ("student", "teacher"))
     mask = make_inputs().mask.at[0, 0].set(0)  # padded on the left: the first real token is at 1
-    for negatives in ({}, {Feature("hidden", 12): (other, bank), Feature("hidden", 11): (other,)}):
+    for negatives in ({}, {"hidden_contrastive": (other, bank), "hidden_contrastive_2": (other,)}):
         found = jax.jit(lambda n: measure([bound], s, t, projections, Inputs(mask, None, None, 0, n)))(negatives)["hidden_contrastive"]
-        more = negatives.get(Feature("hidden", 12), ())
+        more = negatives.get("hidden_contrastive", ())
         expected = losses.hidden_contrastive(
             jnp.stack([s.hidden[6][0, 1], s.hidden[6][1, 0]]) @ own,
             jnp.stack([t.hidden[12][0, 1], t.hidden[12][1, 0]]) @ targets,
