@@ -30,12 +30,12 @@ RUN_FILES = frozenset(
 # Fields that may change between the parts of a run: they change neither the batches nor, beyond rounding, the numbers.
 # The weights of the teacher and the text are compared by content, so both may move.
 FREE_FIELDS = frozenset(
-    "output teacher teacher_name mesh export data.store data.tokenizer data.sources.*.path training.micro_batches training.log_every "
-    "training.evaluate_every training.evaluate_rows training.checkpoint_every training.keep_checkpoints training.tensorboard "
-    "training.wandb".split()
+    "output teacher teacher_name mesh export data.store data.tokenizer data.sources.*.path training.micro_batches training.freeze_after "
+    "training.log_every training.evaluate_every training.evaluate_rows training.checkpoint_every training.keep_checkpoints "
+    "training.tensorboard training.wandb".split()
 )
 
-_FREE_CHECKPOINT = re.compile(r"students\..+\.initialise\.checkpoint")  # read once, at the start
+_FREE_CHECKPOINT = re.compile(r"(stages\.[^.]+\.)?students\..+\.initialise\.checkpoint")  # read once, at the start
 _IN_STAGE = re.compile(r"stages\.[^.]+\.(?=training\.|teacher$)")  # a stage's own are as free as the run's
 
 _HEADER = "# The resolved config of a jaxdistill run, written by it.\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Distilled:
     history: list[dict[str, Any]]
     exports: dict[str, Path]
     output: Path
+    frozen: dict[str, int]  # students that diverged, and at which step they were frozen
 
 
 def distill(
@@ -86,6 +87,7 @@ def distill(
         raise InputError("training.wandb: wandb is not installed: pip install 'jaxdistill[wandb]'")
     last = runs[-1]
     goes_on = check_output(last.saved, overwrite=overwrite)
+    lost: set[Path] = set()  # exports of students that diverged
     with hold_output(last.config):
         for run in runs[:-1]:
             # The whole run's folder first, so that it is one to go on with whatever stops the stage.
@@ -94,8 +96,26 @@ def distill(
             goes_on = True
             stage_goes_on = check_output(run.saved, overwrite=False)
             with hold_output(run.config):
-                distill_stage(run, goes_on=stage_goes_on)
-        return distill_stage(last, goes_on=goes_on)
+                done = distill_stage(without_lost(run, lost), goes_on=stage_goes_on)
+            lost |= {done.exports[name] for name in done.frozen}
+        return distill_stage(without_lost(last, lost), goes_on=goes_on)
+
+
+def without_lost(run: Run, lost: set[Path]) -> Run:
+    """A stage without the students that diverged in an earlier one.
+
+    Raises:
+      DivergedError: its teacher is one of them, or nobody is left.
+    """
+    folders = lost | {folder / "mlm" for folder in lost}
+    if run.teacher_folder in folders:
+        raise DivergedError(f"stage {run.stage}: its teacher {run.config.teacher_name} has diverged; begin anew with a lower learning rate")
+    gone = [name for name, folder in run.checkpoints.items() if folder in folders]
+    if len(gone) == len(run.students):
+        raise DivergedError(f"stage {run.stage}: every student of it has diverged in an earlier one; begin anew with a lower learning rate")
+    warnings = tuple(f"{name} has diverged in an earlier stage and is left out of this one" for name in gone)
+    students = tuple(student for student in run.students if student.name not in gone)
+    return replace(run, students=students, warnings=run.warnings + warnings)
 
 
 def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
@@ -117,7 +137,7 @@ def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
     exports = export_run(run, params, teacher_params, keep=complete)
     history = read_history(run.output)
     report_run(run, history, exports, frozen)
-    return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, history, exports, run.output)
+    return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, history, exports, run.output, frozen)
 
 
 def prepare_text(run: Run, record: dict | None) -> TokenStore:
@@ -149,7 +169,10 @@ def train(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher_params: 
             recorder.evaluated(0, evaluate(state, 0))
         step_fn = None
         for step, batch in enumerate(training_batches(run, store, mesh, start), start + 1):
-            step_fn = step_fn or compile_step(run, state, teacher, batch)
+            if step_fn is None:
+                if len(run.students) > 1:
+                    progress.say(f"compiling the step of {len(run.students)} students")  # grows with their number
+                step_fn = compile_step(run, state, teacher, batch)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, teacher, batch)
             recorder.add(step, metrics)
@@ -214,6 +237,8 @@ def evaluate_held_out(compiled, run: Run, store: TokenStore, mesh: jax.sharding.
 
 def describe(run: Run, teacher_params: dict, *, goes_on: bool) -> Iterator[str]:
     """What is about to be done, a line each."""
+    if run.stage:
+        yield f"stage {run.stage}"
     yield from (f"warning: {warning}" for warning in run.warnings)
     teacher, passes = run.teacher, run.teacher_passes
     depth = ", ".join(f"{name} text to layer {deepest_layer(features)}" for name, features in passes.items())

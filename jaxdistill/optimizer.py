@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxdistill.config import OptimizerConfig
+from jaxdistill.features import Feature
+from jaxdistill.models import is_read
 
 
 def learning_rate(config: OptimizerConfig, steps: int):
@@ -22,13 +27,26 @@ def learning_rate(config: OptimizerConfig, steps: int):
     return rate
 
 
-def decay_mask(params: dict) -> dict:
-    """True for the leaves that weight decay applies to: kernels and embeddings, not biases and norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding", "decoder"), params)
+def decay_mask(trained: dict, features: Iterable[Feature] | None = None) -> dict:
+    """True for the leaves that weight decay applies to: kernels and embeddings, not biases and norms.
+
+    With `features`, what a student's losses read of it: nothing of what they do not reach (PyTorch skips what has no
+    gradient), or a run would shrink the last block's feed-forward that MiniLM leaves alone.
+    """
+
+    def decayed(path, _) -> bool:
+        names = tuple(key.key for key in path)
+        reached = features is None or names[0] != "params" or is_read(names[1:], features)
+        return reached and names[-1] in ("kernel", "embedding", "decoder")
+
+    return jax.tree_util.tree_map_with_path(decayed, trained)
 
 
-def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def create_optimizer(
+    config: OptimizerConfig, steps: int, features: Iterable[Feature] | None = None
+) -> optax.GradientTransformation:
+    """AdamW for {"params": ..., "projections": ...}; `features`: see `decay_mask`."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=partial(decay_mask, features=features))
     return optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate(config, steps)))

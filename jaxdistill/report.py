@@ -33,6 +33,7 @@ SUMMARY_COLUMNS = (
     "tokens seen",
     "export folder",
 )
+LINES = ("-", "--", ":", "-.")  # when the colours begin again
 STYLES: dict[str, dict[str, Any]] = {
     "training": {"linewidth": 1.4, "alpha": 0.55},
     "held-out": {"linewidth": 2.4, "marker": "o", "markersize": 7, "markeredgecolor": "white", "zorder": 3},
@@ -97,19 +98,25 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path, title: s
     students = _losses(history)
     if not students:
         raise InputError(f"{path}: nothing to plot, none of {len(history)} records holds a loss")
-    figure = Figure(figsize=(12, 8), dpi=100, facecolor="white", layout="constrained")
+    size = (12, 8) if len(students) <= len(COLOURS) else (16, max(8, 0.24 * len(students)))  # room for the legend beside the curves
+    figure = Figure(figsize=size, dpi=100, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    crowded = len(students) > len(COLOURS)
     for i, (student, curves) in enumerate(students.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        colour, line = COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)]
+        if crowded and "held-out" in curves:  # one curve a student is what an eye can follow
+            curves = {"held-out": curves["held-out"]}
         for kind, (steps, values) in curves.items():
             style = {**STYLES[kind], "marker": "o"} if len(steps) == 1 else STYLES[kind]
             name = kind if student == "loss" else f"{student}, {kind}"
             ends = [significant(value) for value in ([values[0], values[-1]] if len(values) > 1 else values)]
-            axes.plot(steps, values, color=colour, label=f"{name}: {' → '.join(ends)}", **style)
+            axes.plot(steps, values, color=colour, linestyle=line, label=f"{name}: {' → '.join(ends)}", **style)
     _draw_axes(axes, [value for curves in students.values() for _, values in curves.values() for value in values], title)
-    axes.legend(fontsize=12, labelcolor=INK, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, loc="best")
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "fontsize": 10}
+    where = beside if crowded else {"loc": "best", "fontsize": 12}
+    axes.legend(labelcolor=INK, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, **where)
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +11,11 @@ import jax
 from jaxdistill.config import CheckpointConfig, Config
 from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokenizer
 from jaxdistill.errors import InputError, nearest
-from jaxdistill.features import Feature
+from jaxdistill.features import Feature, deepest_layer
 from jaxdistill.models import EncoderConfig, find_model, load_config, with_mlm_head
-from jaxdistill.objective import bind_objective, needs_labels, reads_masked
+from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
+from jaxdistill.parts import BoundTerm
 from jaxdistill.sharding import mesh_shape
 from jaxdistill.stages import Stage, stages_of
 from jaxdistill.students import check_checkpoint, copied_layers, student_config
@@ -112,7 +113,7 @@ def resolve(config: Config, *, num_devices: int | None = None) -> Run:
 
 def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int | None) -> Run:
     config = stage.config
-    teacher = _model(config.teacher, planned)
+    teacher = _model(config.teacher, planned, stage.teacher)
     tokenizer_source = find_model(config.data.tokenizer) if config.data.tokenizer else teacher.tokenizer
     tokenizer = load_tokenizer(tokenizer_source)
     _check_text(config, teacher.config, tokenizer)
@@ -129,48 +130,63 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int | None
         text = student.input or ("masked" if reads_masked(objective) else "clean")
         if text == "clean" and needs_labels(objective):
             raise InputError(f"{place}.input: a term of its objective counts the masked places, and clean text has none; take masked")
-        students.append(Student(name, shape, terms, create_optimizer(config.optimizer_of(name), config.training.steps), text))
+        features, _ = features_read(terms)
+        students.append(Student(name, shape, terms, create_optimizer(config.optimizer_of(name), config.training.steps, features), text))
+        _check_batch_of_terms(config, terms, where)
+        if deepest_layer(features) < shape.num_layers:
+            warnings.append(f"{place}: no loss reads its blocks above {deepest_layer(features)}; they stay as they start")
         copied[name] = copied_layers(student, shape, teacher.config, place)
         if isinstance(student.initialise, CheckpointConfig):
             checkpoints[name] = _checkpoint(students[-1], student.initialise, planned, place)
         warnings += warned
     _check_inputs(config, students, stage.students)
     reads_logits = any(feature.kind == "logits" for features in teacher_reads(students).values() for feature in features)
-    folder = with_mlm_head(teacher.folder) if reads_logits else teacher.folder
     settings = StepSettings(
         teacher.config, config.training.precision, config.training.seed, config.data.packing,
         _masking(config, students, tokenizer), config.training.freeze_after,
     )  # fmt: skip
-    folder = folder or teacher.folder / "mlm"  # of a student that an earlier stage will have exported by then
-    models = folder, teacher.config, tokenizer_source, tokenizer
+    models = _folder(teacher, with_head=reads_logits), teacher.config, tokenizer_source, tokenizer
     return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
 
 
-def _model(path_or_hub_id: str, planned: Mapping[str, Model]) -> Model:
+def _model(path_or_hub_id: str, planned: Mapping[str, Model], place: str) -> Model:
     if path_or_hub_id in planned:
         return planned[path_or_hub_id]
-    folder = find_model(path_or_hub_id)
-    return Model(folder, load_config(folder), with_mlm_head(folder) is not None, folder)
+    try:
+        folder = find_model(path_or_hub_id)
+        return Model(folder, load_config(folder), with_mlm_head(folder) is not None, folder)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def _checkpoint(student: Student, start: CheckpointConfig, planned: Mapping[str, Model], place: str) -> Path:
-    """The folder of the parameters that a student starts from: a model's, or one that a run exported."""
-    if start.checkpoint in planned:
-        check_checkpoint(student.config, planned[start.checkpoint].config, place)
-        return planned[start.checkpoint].folder
-    folder = Path(start.checkpoint).expanduser().absolute()
-    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+    """The folder of the parameters that a student starts from, with their MLM head if it has one: a model's, or a run's export."""
+    name = start.checkpoint
+    folder = Path(name).expanduser().absolute()
+    if name not in planned and (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         there = sorted(path.name for path in (folder / "export").iterdir()) if (folder / "export").is_dir() else []
-        name = start.student or (student.name if student.name in there or len(there) != 1 else there[0])
-        if name not in there:
-            raise InputError(f"{place}.initialise: the run in {folder} has exported no student {name!r}{nearest(name, there)}")
-        folder = folder / "export" / name
+        own = start.student or (student.name if student.name in there or len(there) != 1 else there[0])
+        if own not in there:
+            raise InputError(f"{place}.initialise: the run in {folder} has exported no student {own!r}{nearest(own, there)}")
+        name = str(folder / "export" / own)
     elif start.student:
         raise InputError(f"{place}.initialise.student: {start.checkpoint} is not the folder of a run")
-    else:
-        folder = find_model(start.checkpoint)
-    check_checkpoint(student.config, load_config(folder), place)
-    return folder
+    model = _model(name, planned, f"{place}.initialise.checkpoint")
+    check_checkpoint(student.config, model.config, place)
+    return _folder(model, with_head=student.has_mlm_head)
+
+
+def _folder(model: Model, *, with_head: bool) -> Path:
+    """Where the model's weights are, or will be: those with the MLM head, where one is wanted and there."""
+    if not (with_head and model.has_mlm_head):
+        return model.folder
+    # One that an earlier stage has yet to export lies where every export puts it.
+    return (with_mlm_head(model.folder) if model.folder.is_dir() else None) or model.folder / "mlm"
+
+
+def _check_batch_of_terms(config: Config, terms: Sequence[BoundTerm], where: str) -> None:
+    if config.training.batch_size == 1 and any(term.kind == "hidden_contrastive" for term in terms):
+        raise InputError(f"{where}: hidden_contrastive compares the rows of a batch, and training.batch_size is 1; take more")
 
 
 def _check_text(config: Config, teacher: EncoderConfig, tokenizer: TextTokenizer) -> None:

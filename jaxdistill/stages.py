@@ -22,6 +22,7 @@ class Stage:
     name: str  # "" for a run without stages
     config: Config
     objective: str = "objective"
+    teacher: str = "teacher"
     students: str = "students"
 
 
@@ -61,7 +62,8 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
             "stages": {},
             "output": str(folder),
         }
-        found.append(Stage(name, config.model_copy(update=fields), f"{place}.objective" if stage.objective else "objective", where))
+        places = (f"{place}.{field}" if getattr(stage, field) else field for field in ("objective", "teacher"))
+        found.append(Stage(name, config.model_copy(update=fields), *places, where))
         folders |= dict.fromkeys(students, folder)
     return tuple(found)
 

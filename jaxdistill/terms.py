@@ -247,7 +247,7 @@ _BIND: dict[type, Callable[..., BoundTerm]] = {
 def _check_schedule(schedule: Schedule, sides: Sides, field: str) -> None:
     if schedule.steps[-1] > sides.steps:
         raise InputError(
-            f"{sides.place}.{field}.steps: step {schedule.steps[-1]} is out of range, the run has {sides.steps} (training.steps)"
+            f"{sides.place}.{field}.steps: step {schedule.steps[-1]} is out of range, training takes {sides.steps} steps there"
         )
 
 

@@ -202,8 +202,8 @@ def test_a_grid_stands_beside_students():
         ([SHAPES, ["hs"]], "grid.1: an axis is a mapping of names"),
         ([{}], "grid.0: an axis is a mapping of names"),
         ([{"6L": 6}], "grid.0: an axis is a mapping of names to fields of a student"),
-        ([{"s": {"num_layers": 1}}], "grid: the cell 's' is in students already"),
-        ([{"a": {}, "a.b": {}}, {"b.c": {}, "c": {}}], "grid: the cell 'a.b.c' is in students already"),
+        ([{"s": {"num_layers": 1}}], "grid: there are two students 's'"),
+        ([{"a": {}, "a.b": {}}, {"b.c": {}, "c": {}}], "grid: there are two students 'a.b.c'"),
         ([{"a/b": {"num_layers": 1}}], "students: student name 'a/b' becomes a folder"),
         ([{"a": {"num_layer": 1}}], "students.a.num_layer: unknown field; did you mean 'num_layers'"),
     ],
@@ -224,7 +224,7 @@ def test_a_selection_of_students_and_of_the_stages_that_have_them():
     config = load_config(GRID, grid=[SHAPES, METHODS], stages=stages)
     chosen = select_students(config, ["*.od", "6L.o?"])
     assert list(chosen.students) == ["6L.od", "3L.od"]
-    assert list(chosen.stages) == ["first", "third", "fourth"]
+    assert list(chosen.stages) == ["first", "third"]
     assert chosen.stages["first"].students == ("6L.*", "3L.od")
     (only,) = [stage.students for name, stage in select_students(config, ["3L.od"]).stages.items() if name == "first"]
     assert only == ("3L.od",)
@@ -247,3 +247,41 @@ def test_the_optimizer_of_a_student_is_the_runs_with_its_changes():
     own = config.optimizer_of("own")
     assert (own.learning_rate, own.clip_norm, own.schedule, own.b1) == (0.5, 0.0, "cosine", 0.7)
     assert own.model_copy(update={"learning_rate": 0.25, "clip_norm": 1.0, "schedule": "linear"}) == config.optimizer
+
+
+def test_a_teacher_of_a_kept_stage_is_kept():
+    stages = {"first": {"students": ["6L.*"]}, "second": {"students": {"new": {"num_layers": 1}}, "teacher": {"student": "6L.hs"}}}
+    config = load_config(GRID, grid=[SHAPES, METHODS], stages=stages)
+    chosen = select_students(config, ["new"])
+    assert (list(chosen.students), list(chosen.stages)) == (["6L.hs"], ["first", "second"])
+    assert list(select_students(config, ["6L.hs"]).stages) == ["first"]
+    with pytest.raises(InputError, match=r"^--student: no stage trains 3L\.hs"):
+        select_students(config, ["3L.hs"])
+
+
+def test_an_override_reaches_a_cell_of_the_grid():
+    plain = load_config(GRID, grid=[SHAPES, METHODS])
+    config = load_config(GRID, ["students.6L.hs.optimizer.learning_rate=0.5", "training.steps=7"], grid=[SHAPES, METHODS])
+    assert config.optimizer_of("6L.hs").learning_rate == 0.5
+    assert {n: s for n, s in config.students.items() if n != "6L.hs"} == {n: s for n, s in plain.students.items() if n != "6L.hs"}
+    assert list(load_config(GRID, ["grid=[{a: {num_layers: 1}}]"], grid=[SHAPES]).students) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"students": {"s": {"num_layers": 1, "optimizer": {"clip_norm": None}}}}, "students.s.optimizer: clip_norm: null changes nothing"),
+        ({"stages": {"x": {"training": {"dropout": None}}}}, "stages.x.training: dropout: null changes nothing"),
+        ({"objective": [{"weight": "1"}]}, "objective.0.weight: a number, or {schedule"),
+        ({"objective": [{"layer_map": 3}]}, "objective.0.layer_map: a name, or a mapping"),
+    ],
+)
+def test_errors_that_say_what_would_be_right(fields, message):
+    with pytest.raises(InputError) as error:
+        load_config(FIELDS | fields)
+    assert str(error.value).startswith(message)
+
+
+def test_short_forms():
+    assert load_config(FIELDS, objective="hidden_mse").objective == load_config(FIELDS, objective=[{"kind": "hidden_mse"}]).objective
+    assert load_config(FIELDS, stages={"x": None}) == load_config(FIELDS, stages={"x": {}})

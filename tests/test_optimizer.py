@@ -8,6 +8,7 @@ import pytest
 from tiny_models import random_params, tiny_config
 
 from jaxdistill.config import OptimizerConfig
+from jaxdistill.features import Feature
 from jaxdistill.optimizer import create_optimizer, decay_mask, learning_rate
 
 
@@ -99,3 +100,21 @@ def test_updates_against_pytorch(clip_norm):
     ours = updated(config, gradients)["dense"]
     for name, parameter in theirs.items():
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_no_loss_reads_does_not_decay():
+    """PyTorch skips what has no gradient; MiniLM's losses end at the last block's queries, keys and values."""
+    names = ("query", "value", "attention_output", "intermediate", "output")
+    blocks = {layer: {name: {"kernel": 0, "bias": 0} for name in names} for layer in ("01", "02", "03")}
+    trained = {"params": {"embeddings": {"word": {"embedding": 0}}, "layers": blocks}, "projections": {"a": {"student": {"kernel": 0}}}}
+
+    def decayed(*features: Feature) -> dict[str, list[str]]:
+        mask = decay_mask(trained, features)
+        assert mask["params"]["embeddings"]["word"]["embedding"] and mask["projections"]["a"]["student"]["kernel"]
+        return {layer: [name for name in names if block[name]["kernel"]] for layer, block in mask["params"]["layers"].items()}
+
+    everything, nothing = list(names), []
+    assert decayed(Feature("query", 2), Feature("key", 2)) == {"01": everything, "02": ["query"], "03": nothing}
+    assert decayed(Feature("value", 3), Feature("hidden", 1)) == {"01": everything, "02": everything, "03": ["value"]}
+    assert decayed(Feature("value", 3), Feature("hidden", 3)) == {"01": everything, "02": everything, "03": everything}
+    assert decayed(Feature("logits", 3))["03"] == everything

@@ -275,5 +275,5 @@ def test_fields_that_no_stage_has(stages, message):
 
 
 def test_a_stage_is_a_value():
-    assert {field.name for field in dataclasses.fields(Stage)} == {"name", "config", "objective", "students"}
+    assert {field.name for field in dataclasses.fields(Stage)} == {"name", "config", "objective", "teacher", "students"}
     assert runs({"first": {}})["first"].objective == (RelationKL(),)

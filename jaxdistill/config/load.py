@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from jaxdistill.config import sections, terms
-from jaxdistill.config.sections import Config
+from jaxdistill.config.sections import Config, PreviousStudent, StageConfig
 from jaxdistill.config.terms import KINDS, Section
 from jaxdistill.errors import InputError, nearest
 
@@ -77,19 +77,23 @@ def apply_overrides(values: Mapping, overrides: Sequence[str]) -> dict:
         if not separator or not path:
             raise InputError(f"override {override!r}: write key=value, as in training.steps=1000")
         node, keys = result, path.split(".")
-        for i, key in enumerate(keys):
-            last = i == len(keys) - 1
+        done = 0  # keys walked
+        while done < len(keys):
+            # A name may hold dots, as that of a grid's cell: the longest that is there.
+            joined = (n for n in range(len(keys), done + 1, -1) if isinstance(node, dict) and ".".join(keys[done:n]) in node)
+            end = next(joined, done + 1)
+            key, last = ".".join(keys[done:end]), end == len(keys)
             if isinstance(node, list):
                 if not key.isdigit() or int(key) >= len(node):
-                    raise InputError(f"override {override!r}: {'.'.join(keys[:i])} is a list of {len(node)}; items have numbers from 0")
+                    raise InputError(f"override {override!r}: {'.'.join(keys[:done])} is a list of {len(node)}; items have numbers from 0")
                 key = int(key)
             elif not isinstance(node, dict):
-                raise InputError(f"override {override!r}: {'.'.join(keys[:i])} is a single value, it has no field {key!r}")
+                raise InputError(f"override {override!r}: {'.'.join(keys[:done])} is a single value, it has no field {key!r}")
             if last:
                 node[key] = _parse_yaml(text, f"override {override!r}")
             elif isinstance(node, dict) and node.get(key) is None:
-                node[key] = [{}] if keys[i + 1] == "0" else {}  # objective.0.weight changes the default term
-            node = node[key]
+                node[key] = [{}] if keys[end] == "0" else {}  # objective.0.weight changes the default term
+            node, done = node[key], end
     return result
 
 
@@ -139,7 +143,7 @@ def _path(location: Sequence[str | int]) -> str:
         tag = key in KINDS and i > 0 and isinstance(location[i - 1], int)
         if not (branch and i > 0 and ("[" in key or location[i - 1] != "students")) and not tag:
             parts.append(str(key))
-    return ".".join(parts)
+    return ".".join(part for part in parts if part != "[key]")
 
 
 def _one_line(error: pydantic.ValidationError) -> str:
@@ -187,7 +191,7 @@ def expand_grid(values: Mapping) -> dict:
             fields = _merged(fields, axis[name])
         cell = ".".join(map(str, names))
         if cell in students:
-            raise InputError(f"grid: the cell {cell!r} is in students already")
+            raise InputError(f"grid: there are two students {cell!r}, the cell of the grid and one before it")
         students[cell] = fields
     return {key: value for key, value in values.items() if key != "grid"} | {"students": students}
 
@@ -200,22 +204,32 @@ def select_students(config: Config, patterns: Sequence[str]) -> Config:
     Raises:
       InputError: a pattern that no student matches.
     """
-    names = list(config.students)
+    if not patterns:
+        return config
+    own = {name for stage in config.stages.values() if isinstance(stage.students, dict) for name in stage.students}
+    names = sorted({*config.students, *own})
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise InputError(f"--student: no student matches {pattern!r}{nearest(pattern, names)}")
-    if not patterns:
-        return config
-    kept = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    stages = {}
-    for name, stage in config.stages.items():
-        if isinstance(stage.students, tuple):
-            matching = tuple(pattern for pattern in stage.students if fnmatch.filter(kept, pattern))
-            if not matching:
-                continue
-            stage = stage.model_copy(update={"students": matching})
-        stages[name] = stage
-    return config.model_copy(update={"students": {name: config.students[name] for name in kept}, "stages": stages})
+    kept = {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    stages: dict[str, StageConfig] = {}
+    for name, stage in reversed(config.stages.items()):
+        # A teacher or start of a stage that is kept is needed, whatever the patterns say.
+        students = _selected(stage.students, kept)
+        if students:
+            stages = {name: stage.model_copy(update={"students": students} if stage.students else {})} | stages
+            kept |= {stage.teacher.student} if isinstance(stage.teacher, PreviousStudent) else set()
+    if config.stages and not stages:
+        raise InputError(f"--student: no stage trains {', '.join(sorted(kept))}")
+    students = {name: student for name, student in config.students.items() if name in kept} or config.students
+    return config.model_copy(update={"students": students, "stages": stages})
+
+
+def _selected(students: Mapping | Sequence | None, kept: set[str]):
+    """Of a stage's students those that are kept; nothing where none is."""
+    if isinstance(students, Mapping):
+        return {name: student for name, student in students.items() if name in kept}
+    return tuple(pattern for pattern in students or ("*",) if fnmatch.filter(kept, pattern))
 
 
 def load_config(config: Config | Mapping | str | Path | None = None, overrides: Sequence[str] = (), **fields: Any) -> Config:
@@ -226,13 +240,15 @@ def load_config(config: Config | Mapping | str | Path | None = None, overrides: 
     """
     where = ""
     if isinstance(config, Config):
-        values: dict = config.model_dump(mode="json")
+        values: dict = config.model_dump(mode="json", exclude_none=True)
     elif isinstance(config, (str, Path)):
         values, where = read_config_file(config), f"{config}: "
     else:
         values = dict(config or {})
     try:
-        values = expand_grid(apply_overrides(_merged(values, fields), overrides))
+        to_grid = [override for override in overrides if re.match(r"grid[.=]", override)]
+        values = expand_grid(apply_overrides(_merged(values, fields), to_grid))
+        values = apply_overrides(values, [override for override in overrides if override not in to_grid])
     except InputError as error:
         raise InputError(f"{where}{error}" if str(error).startswith("grid") else str(error)) from None
     try:

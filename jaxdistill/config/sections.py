@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from jaxdistill.config.terms import AsTuple, Objective, Positive, RelationKL, Section
 
@@ -79,13 +79,24 @@ class OptimizerConfig(Section):
         return 0.0 if value is None else value
 
 
+class _Changes(Section):
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_null(cls, value: Any) -> Any:
+        """Null would read as "not said": where it means something there is another word for it."""
+        for field, said in value.items() if isinstance(value, dict) else ():
+            if said is None and field in cls.model_fields:
+                raise ValueError(f"{field}: null changes nothing; leave it out{' (or 0: none)' if field == 'clip_norm' else ''}")
+        return value
+
+
 def _changes(section: type[Section], name: str) -> type[Section]:
     """A section whose fields may all be left out: what it says goes over another's."""
     fields: dict[str, Any] = {}
     for field, info in section.model_fields.items():
         kind = Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
         fields[field] = (kind | None, None)
-    return pydantic.create_model(name, __base__=Section, __module__=__name__, **fields)
+    return pydantic.create_model(name, __base__=_Changes, __module__=__name__, **fields)
 
 
 OptimizerChanges = _changes(OptimizerConfig, "OptimizerChanges")
@@ -202,6 +213,11 @@ class StageConfig(Section):
         return value
 
 
+def _empty_for_null(value: Any) -> Any:
+    """A stage that changes nothing, written as YAML writes an empty mapping."""
+    return {name: {} if stage is None else stage for name, stage in value.items()} if isinstance(value, dict) else value
+
+
 class Config(Section):
     """One run: a teacher, a text and one or more students; with `stages`, several runs that build on one another."""
 
@@ -213,7 +229,7 @@ class Config(Section):
     objective: Objective = (RelationKL(),)
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
-    stages: dict[str, StageConfig] = Field(default_factory=dict)
+    stages: Annotated[dict[str, StageConfig], BeforeValidator(_empty_for_null)] = Field(default_factory=dict)
     mesh: MeshConfig = MeshConfig()
     export: ExportConfig = ExportConfig()
     output: str

@@ -35,7 +35,11 @@ class Schedule(Section):
     @validator(mode="before")
     @classmethod
     def _from_number(cls, value: Any) -> Any:
-        return {"values": (value,)} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return {"values": (value,)}
+        if not isinstance(value, (dict, Schedule)):
+            raise ValueError(f"a number, or {{schedule: linear, values: [1, 0], steps: [0, 5000]}}, got {value!r}")
+        return value
 
     @validator(mode="after")
     def _fits(self) -> Schedule:
@@ -114,6 +118,8 @@ class LayerMapConfig(Section):
     @validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
+        if not isinstance(value, (str, dict, LayerMapConfig)):
+            raise ValueError(f"a name, or a mapping as {{strategy: explicit, pairs: [[3, 11]]}}, got {value!r}")
         return {"strategy": value} if isinstance(value, str) else value
 
     @field_validator("strategy")
@@ -281,4 +287,9 @@ def _from_shorthand(value: Any) -> Any:
 
 
 Term = Annotated[Union[_CLASSES], Field(discriminator="kind"), BeforeValidator(_from_shorthand)]  # noqa: UP007
-Objective = Annotated[tuple[Term, ...], AsTuple, Field(min_length=1)]
+def _as_terms(value: Any) -> Any:
+    """One term alone is an objective as well."""
+    return (value,) if isinstance(value, (str, dict)) else value
+
+
+Objective = Annotated[tuple[Term, ...], AsTuple, Field(min_length=1), BeforeValidator(_as_terms)]

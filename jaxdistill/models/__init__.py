@@ -29,6 +29,7 @@ __all__ = [
     "find_model",
     "forward",
     "init_params",
+    "is_read",
     "layer_name",
     "load_config",
     "load_pretrained",
@@ -114,6 +115,17 @@ def forward(
     layers = {name: params["layers"][name] for name in map(layer_name, range(1, config.num_layers + 1))}
     encoder = _module(Encoder, config, dtype, {"embeddings": params["embeddings"], "layers": layers})
     return encoder(input_ids, attention_mask, token_type_ids, segment_ids, features=features, dropout=dropout)
+
+
+def is_read(path: tuple[str, ...], features: Iterable[Feature]) -> bool:
+    """Whether `forward` to these features uses the parameter at this path, as ("layers", "06", "query", "kernel")."""
+    features = frozenset(features)
+    if path[0] != "layers":
+        return True
+    layer, deepest = int(path[1]), deepest_layer(features)
+    if layer != deepest or {Feature("hidden", layer), Feature("logits", layer)} & features:
+        return layer <= deepest
+    return any(Feature(kind, layer) in features and path[2] == kind for kind in ("query", "key", "value"))
 
 
 def encode(

@@ -23,7 +23,7 @@ from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.cli import main
 from jaxdistill.config import load_config
 from jaxdistill.distill import begin
-from jaxdistill.errors import InputError
+from jaxdistill.errors import DivergedError, InputError
 from jaxdistill.models import load_pretrained
 from jaxdistill.resolve import resolve_stages
 from jaxdistill.sharding import create_mesh
@@ -202,11 +202,11 @@ def test_the_teacher_is_the_assistant_as_it_was_exported(assisted, staged, tmp_p
     assert held_out[0] == held_out[1] and abs(held_out[2] - held_out[0]) > 1e-3 * held_out[0]
 
 
-def folder_held_out(folder: Path, student: str) -> float:
-    """Loss before the first step."""
-    record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert record["step"] == 0
-    return record[f"{student}/held_out"]
+def folder_held_out(folder: Path, student: str, *, first: bool = True) -> float:
+    """Loss before the first step, or after the last."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["step"] == 0
+    return records[0 if first else -1][f"{student}/held_out"]
 
 
 # Going on
@@ -426,3 +426,29 @@ def test_prepare_makes_the_store_that_every_stage_reads(cli, staged, tmp_path):
     assert code == 0 and str(tmp_path / "run" / "tokens") in out, err
     assert {str(run.store) for run in resolve_stages(load_config(config))} == {str(tmp_path / "run" / "tokens")}
     assert (tmp_path / "run" / "tokens" / "manifest.json").is_file()
+
+
+def test_the_head_crosses_a_boundary(staged, tmp_path):
+    """OD in both stages: the second begins at the held-out value with which the first ended, from a run folder as well."""
+    fields = {"students": {"small": {"num_layers": 2, "hidden_size": 24}}, "objective": ["output_kl"], "training__evaluate_every": 3}
+    stages = {"one": {}, "two": {"training": {"seed": 0, "steps": 3}}}
+    run = jaxdistill.distill(staged(tmp_path / "run", **fields, stages=stages))
+    ended, began = folder_held_out(run.output / "stages/one", "small", first=False), folder_held_out(run.output, "small")
+    assert began == pytest.approx(ended, rel=1e-5)
+    start = {"num_layers": 2, "hidden_size": 24, "initialise": {"checkpoint": str(run.output)}}
+    ended = folder_held_out(run.output, "small", first=False)
+    fields |= {"students": {"other": start}, "training__steps": 1}
+    jaxdistill.distill(staged(tmp_path / "other", **fields, stages={}))
+    assert folder_held_out(tmp_path / "other", "other") == pytest.approx(ended, rel=1e-5)
+
+
+def test_a_student_that_diverged_is_left_out_of_the_next_stage(staged, tmp_path, capsys):
+    students = {"well": {"num_layers": 1}, "wild": {"num_layers": 1, "optimizer": {"learning_rate": 1e30}}}
+    fields = {"students": students, "objective": ["hidden_mse"], "training__freeze_after": 2}
+    run = jaxdistill.distill(staged(tmp_path / "run", **fields, stages={"one": {}, "two": {"training": {"steps": 2}}}))
+    assert (list(run.students), run.frozen) == (["well"], {})
+    assert "warning: wild has diverged in an earlier stage and is left out of this one" in capsys.readouterr().err
+    assert names(run.output / "export") == {"well"} and names(run.output / "stages/one/export") == {"well", "wild"}
+    taught = {"students": {"new": {"num_layers": 1}}, "teacher": {"student": "wild"}}
+    with pytest.raises(DivergedError, match=r"^stage two: its teacher wild \(stage one\) has diverged"):
+        jaxdistill.distill(staged(tmp_path / "taught", **fields, stages={"one": {}, "two": taught}))
