@@ -141,6 +141,11 @@ TO_BE_TAUGHT = "{first: {objective: [hidden_mse]}, second: {%s}}"
             ["students: od needs masked text and hs clean text", "training.both_inputs"],
         ),
         # Stages
+        (
+            ["objective=[hidden_contrastive]", "training.batch_size=1", "mesh={data: 1, tensor: 8}"],
+            ["objective: hidden_contrastive compares the rows of a batch", "training.batch_size is 1"],
+        ),
+        (["students.small.initialise={checkpoint: /no/such}"], ["students.small.initialise.checkpoint: /no/such: no such model folder"]),
         (["students.small.initialise={student: small}"], ["students.small.initialise: a student of the stage before", "no stages"]),
         (["stages={first: {teacher: {student: small}}}"], ["stages.first.teacher: a student of the stage before", "first stage"]),
         (
@@ -154,14 +159,14 @@ TO_BE_TAUGHT = "{first: {objective: [hidden_mse]}, second: {%s}}"
         ([f"stages={TO_BE_TAUGHT % 'students: [tiny]'}"], ["stages.second.students: no student matches 'tiny'"]),
         ([f"stages={TO_BE_TAUGHT % 'objective: [output_kl]'}"], ["stages.second.objective.0: output_kl reads the teacher's logits"]),
         # Schedules
-        (["objective.0.weight=" + LATE], ["objective.0.weight.steps: step 9 is out of range, the run has 8 (training.steps)"]),
+        (["objective.0.weight=" + LATE], ["objective.0.weight.steps: step 9 is out of range, training takes 8 steps there"]),
         (
             [f"objective=[{{kind: hidden_contrastive, temperature: {LATE.replace('0],', '1],')}}}]"],
             ["objective.0.temperature.steps: step 9"],
         ),
         # Grids and selections
-        (["grid=[{small: {num_layers: 1}}]"], ["grid: the cell 'small' is in students already"]),
-        (["grid=[{a: {num_layers: 2}, a.b: {num_layers: 2}}, {c: {}, b.c: {}}]"], ["grid: the cell 'a.b.c' is in students already"]),
+        (["grid=[{small: {num_layers: 1}}]"], ["grid: there are two students 'small'"]),
+        (["grid=[{a: {num_layers: 2}, a.b: {num_layers: 2}}, {c: {}, b.c: {}}]"], ["grid: there are two students 'a.b.c'"]),
         (["--student", "large"], ["--student: no student matches 'large'"]),
         (["--student", "smal"], ["--student: no student matches 'smal'", "did you mean 'small'"]),
     ],
