@@ -144,16 +144,18 @@ def test_a_model_folder(config, trained, tmp_path):
         "with-head": from_(masked, objective=MLM),
         "head-left": from_(masked),
         "base-with-head": from_(base, objective=MLM),
+        "no-head-there": from_(trained.exports["small"], objective=MLM),
     }
     found = first_params(config(students, training__both_inputs=True))
     ended = trained.students["headed"][1]
     for name in ("base", "head-left"):
         assert_equal(found[name], encoder(ended))
+    # A head that is wanted comes along, from the folder or from its mlm/.
     assert_equal(found["with-head"], ended)
-    assert_equal(encoder(found["base-with-head"]), encoder(ended))
-    # The folder of the encoder has no head: the student's is a random one, neither its nor the teacher's.
-    kernel = found["base-with-head"]["mlm"]["dense"]["kernel"]
-    assert kernel.std() < 0.03 and not np.allclose(kernel, ended["mlm"]["dense"]["kernel"], atol=1e-3)
+    assert_equal(found["base-with-head"], ended)
+    assert_equal(encoder(found["no-head-there"]), encoder(trained.students["small"][1]))
+    kernel = found["no-head-there"]["mlm"]["dense"]["kernel"]  # a random one, neither a student's nor the teacher's
+    assert 0.01 < kernel.std() < 0.03 and not np.allclose(kernel, ended["mlm"]["dense"]["kernel"], atol=1e-3)
 
 
 def test_a_run_folder(config, trained):
