@@ -242,7 +242,8 @@ def describe(run: Run, teacher_params: dict, *, goes_on: bool) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in run.warnings)
     teacher, passes = run.teacher, run.teacher_passes
     depth = ", ".join(f"{name} text to layer {deepest_layer(features)}" for name, features in passes.items() if features)
-    yield f"teacher {run.config.teacher_name}: {teacher.num_layers} x {teacher.hidden_size}, {f'runs on {depth}' if depth else 'is not read'}"
+    reads = f"runs on {depth}" if depth else "is not read"
+    yield f"teacher {run.config.teacher_name}: {teacher.num_layers} x {teacher.hidden_size}, {reads}"
     for student in run.students:
         kept = kept_share(run, student, teacher_params)
         start = describe_initialisation(run.config.students[student.name], run.copied[student.name], kept=kept)
