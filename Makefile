@@ -18,13 +18,13 @@ WITHOUT_TORCH = $(shell $(VENV)/bin/python -c "import torch" 2>/dev/null || echo
 test: $(VENV)/.tested
 	$(VENV)/bin/python -m pytest -n 2 $(WITHOUT_TORCH)
 
-# The newest jax and flax that work together, without PyTorch.
+# The newest jax and flax that work together, without PyTorch and without the long runs that test our bookkeeping.
 test-newest:
 ifeq ($(NEWEST_PYTHON),)
 	@echo "test-newest: no Python 3.12 or newer here; nothing was run"
 else
 	$(MAKE) .venv-newest/.tested VENV=.venv-newest PYTHON=$(NEWEST_PYTHON)
-	.venv-newest/bin/python -m pytest -n 2 -m "not torch"
+	.venv-newest/bin/python -m pytest -n 2 -m "not torch and not long"
 endif
 
 $(VENV)/bin/python:

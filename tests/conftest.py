@@ -12,8 +12,26 @@ _hook = install_import_hook("jaxdistill", "shape_checks.checked")
 _hook.__enter__()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """For whole runs of milliseconds a step: hardly optimised programs, read from a cache when they are run again.
+
+    In the environment too, so that a process of its own computes the same bits.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        for cache, quick in ((str(tmp_path_factory.mktemp("compiled")), True), (None, False)):
+            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_disable_most_optimizations", quick)
+            compilation_cache.reset_cache()
+            if quick:
+                yield

@@ -25,6 +25,8 @@ from jaxdistill.models import load_pretrained
 from jaxdistill.resolve import resolve_stages
 from jaxdistill.students import SHAPES
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 # family, layers, heads, hidden size, feed-forward, whether its weights on the Hub have an MLM head
 TEACHERS = {
@@ -182,6 +184,7 @@ def source(tmp_path_factory) -> tuple:
     return (SourceConfig(path=str(text)),)
 
 
+@pytest.mark.long
 def test_every_recipe_takes_steps(recipe, tiny, source, tmp_path):
     name = recipe.stem
     real = select_students(load_config(recipe, SHORTER.get(name, [])), STEPPING.get(name, []))

@@ -22,6 +22,8 @@ from jaxdistill.resolve import resolve
 from jaxdistill.sharding import create_mesh
 from jaxdistill.students import projected_embeddings, student_key
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SIZES = {"num_heads": 4, "intermediate_size": 80}
 MLM = [{"kind": "mlm_cross_entropy"}]
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import yaml
 from commands import command, finish
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 from tiny_models import tiny_rows
 
@@ -29,6 +28,8 @@ from jaxdistill.resolve import resolve
 from jaxdistill.sharding import create_mesh
 from jaxdistill.state import abstract_state, initial_state
 from jaxdistill.train_step import TrainState
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 NARROW = {"num_layers": 2, "hidden_size": 24, "num_heads": 4}
 VALUES = {"query": 0.0, "key": 0.0, "value": 1.0}
@@ -95,17 +96,6 @@ def make_config(ground, output: Path, *names: str, **changes) -> dict:
     fields = {"training__steps": 20, "training__evaluate_every": 10, "training__checkpoint_every": 10, "training__both_inputs": True}
     fields |= {"training__freeze_after": 3}
     return ground.config(output, **{"mesh": {"data": 8}, "students": students} | fields | changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Programs that run for milliseconds: hardly optimised, and read from a cache when they are run again."""
-    for cache, quick in ((str(tmp_path_factory.mktemp("compiled")), True), (None, False)):
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_disable_most_optimizations", quick)
-        compilation_cache.reset_cache()
-        if quick:
-            yield
 
 
 @pytest.fixture(scope="module")

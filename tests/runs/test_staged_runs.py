@@ -29,6 +29,8 @@ from jaxdistill.resolve import resolve_stages
 from jaxdistill.sharding import create_mesh
 from jaxdistill.state import abstract_state
 
+pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.long]
+
 FIRST_STEPS, LAST_STEPS = 6, 24
 
 
