@@ -107,7 +107,7 @@ def run_jax(folder: Path, check: bool) -> dict:
     from jaxdistill import runtime
     from jaxdistill.config import LayerMapConfig, OptimizerConfig, RelationKL, StudentConfig
     from jaxdistill.models import load_pretrained
-    from jaxdistill.objective import bind_objective, loss
+    from jaxdistill.objective import bind_objective, features_read, loss
     from jaxdistill.optimizer import create_optimizer
     from jaxdistill.students import student_config
     from jaxdistill.train_step import StepSettings, Student, StudentState, TrainState, train_step
@@ -119,9 +119,9 @@ def run_jax(folder: Path, check: bool) -> dict:
     layers = LayerMapConfig(strategy="teacher_layer", teacher_layer=job["teacher_layer"])
     term = RelationKL(layer_map=layers, relation_heads=job["relation_heads"])
     terms = bind_objective((term,), config, teacher_config, "objective")
-    optimizer = create_optimizer(OptimizerConfig(**job["optimizer"]), job["total_steps"])
+    optimizer = create_optimizer(OptimizerConfig(**job["optimizer"]), job["total_steps"], features_read(terms)[0])
     trained = {"params": jax.tree.map(jnp.asarray, load_pretrained(job["student"])[1]), "projections": {}}
-    state = TrainState(jnp.int32(0), {"student": StudentState(trained, optimizer.init(trained))})
+    state = TrainState(jnp.int32(0), {"student": StudentState(trained, optimizer.init(trained), {}, jnp.int32(0))})
     arrays = np.load(folder / ("padded.npz" if check else "full.npz"))
     batch = {"input_ids": arrays["input_ids"][None], "segment_ids": arrays["attention_mask"][None]}
     teacher, batch = jax.device_put((teacher, batch))
@@ -134,7 +134,7 @@ def run_jax(folder: Path, check: bool) -> dict:
         state, metrics = compiled(state, teacher, batch)
         own = jax.device_get(metrics)["students"]["student"]
         sums, counts = ({name: part[i] for name, part in own["parts"].items()} for i in (0, 1))
-        return float(loss(terms, sums, counts)), float(own["gradient_norm"])
+        return float(loss(terms, sums, counts, 0)), float(own["gradient_norm"])
 
     def run() -> None:
         nonlocal state
