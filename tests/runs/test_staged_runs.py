@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,6 @@ from tiny_texts import BERT_SPECIAL, make_texts, wordpiece, write_folder
 
 import jaxdistill
 from jaxdistill.checkpoint import Checkpoints
-from jaxdistill.cli import main
 from jaxdistill.config import load_config
 from jaxdistill.distill import begin
 from jaxdistill.errors import DivergedError, InputError
@@ -383,21 +381,6 @@ def test_what_changes_no_number_may_change_in_a_stage_as_well(copy, staged, done
 
 
 # The other commands
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxdistill", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def test_commands_on_a_staged_run(cli, done, staged, tmp_path):
