@@ -16,7 +16,7 @@ FLOW = [
 ]  # fmt: skip
 ONLY_IN = {
     "flax": {"models"},
-    "datasets": {"data"},
+    "datasets": {"data", "tasks"},
     "tokenizers": {"data"},
     "transformers": {"data"},
     "orbax": {"checkpoint"},
