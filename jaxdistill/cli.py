@@ -111,6 +111,23 @@ def export(
         print(folder)
 
 
+@app.command()
+def latency(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folder, Hub id, NAME=either, or a run: all its students")],
+    batch_size: Annotated[list[int] | None, typer.Option(help="may be given again; default: 1 and 32")] = None,
+    length: Annotated[int, typer.Option(help="tokens of an example")] = 128,
+    repeats: Annotated[int, typer.Option(help="runs of at least 0.2 s each")] = 5,
+    framework: Annotated[list[str] | None, typer.Option(help="jax or pytorch; default: both, where PyTorch is installed")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    results: Annotated[str, typer.Option(help="folder of the models' results")] = "results",
+) -> None:
+    """Time the forward pass of models, one example and batches; speed is relative to the first one."""
+    from jaxdistill.latency import latency as measure
+
+    sizes = {"batch_sizes": batch_size or [1, 32], "length": length, "repeats": repeats}
+    measure(models, **sizes, frameworks=framework or [], dtype=dtype, results=results)
+
+
 def _version(value: bool | None) -> None:
     if value:
         from importlib.metadata import version

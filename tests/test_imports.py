@@ -10,18 +10,18 @@ PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 FLOW = [
     ["errors", "shapes"], ["features", "layer_map", "row_keys"], ["config"], ["sharding", "stages"], ["losses"], ["kernels"], ["models"],
     ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"], ["flops", "metrics", "progress", "runtime"],
-    ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"], ["export", "agreement", "recorder"], ["distill"],
+    ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"], ["export", "agreement", "recorder"], ["distill", "latency", "lost"],
     ["quickstart"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {
     "flax": {"models"},
     "datasets": {"data"},
     "tokenizers": {"data"},
-    "transformers": {"data"},
+    "transformers": {"data", "latency"},
     "orbax": {"checkpoint"},
     "grain": {"data"},
     "typer": {"cli"},
-    "torch": set(),
+    "torch": {"latency"},  # inside the one function that times it
 }
 
 
