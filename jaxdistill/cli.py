@@ -128,6 +128,25 @@ def latency(
     measure(models, **sizes, frameworks=framework or [], dtype=dtype, results=results)
 
 
+@app.command()
+def lost(
+    student: Annotated[str, typer.Argument(metavar="STUDENT|RUN", help="folder, Hub id, NAME=either, or a run: all its students")],
+    teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: the run's")] = None,
+    text: Annotated[str | None, typer.Option(help="file, folder or glob; default: held-out text of the run, or the sample")] = None,
+    column: Annotated[str, typer.Option(help="of --text, where it is parquet or jsonl")] = "text",
+    language_column: Annotated[str | None, typer.Option(help="names the language of a text: numbers for each")] = None,
+    rows: Annotated[int, typer.Option(help="paragraphs to compare on, at most")] = 256,
+    length: Annotated[int, typer.Option(help="tokens of a paragraph, at most")] = 128,
+    results: Annotated[str, typer.Option(help="folder of the models' results")] = "results",
+    output: Annotated[str | None, typer.Option(help="folder for the heat maps; default: RESULTS/lost")] = None,
+) -> None:
+    """Show what a student lost: layers, relations, attention heads and words, by length and language."""
+    from jaxdistill.lost import lost as compare
+
+    source = {"text": text, "column": column, "language_column": language_column, "rows": rows, "length": length}
+    compare(student, teacher=teacher, **source, results=results, output=output)
+
+
 def _version(value: bool | None) -> None:
     if value:
         from importlib.metadata import version
