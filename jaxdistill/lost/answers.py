@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxdistill.lost.summary import COUNTERPART, MEASURES, NOTICEABLE, Summary
+from jaxdistill.lost.summary import ABOVE_EVEN, COUNTERPART, MEASURES, NOTICEABLE, Summary
 
 KEPT = 0.01  # a CKA this far below the best one still counts as the same
 
@@ -59,9 +59,9 @@ def _heads(summary: Summary) -> list[str]:
     by_head = summary.attention.reshape(total, *matched.shape).argmax(axis=0)
     used = len(set(by_head[matched].tolist()))
     found = [
-        f"Of the teacher's {matched.size} attention heads {int(matched.sum())} have a counterpart in the student (overlap above {COUNTERPART:g} "
-        f"and above that of even attention), {used} of the student's {total} heads in all; the best matches overlap {best.mean():.2f} on "
-        f"average."
+        f"Of the teacher's {matched.size} attention heads {int(matched.sum())} have a counterpart in the student (overlap above "
+        f"{COUNTERPART:g}, and {ABOVE_EVEN:g} above that of even attention): {used} of the student's {total} heads. The best matches "
+        f"overlap {best.mean():.2f} on average."
     ]
     missing = (~matched).sum(axis=1)
     if missing.any():
@@ -84,9 +84,9 @@ def _words(summary: Summary) -> str:
     if not numbers["mlm_places"]:
         return "No place was masked: the text is too short to compare the guesses of the MLM heads."
     return (
-        f"At {numbers['mlm_places']} masked places the student's first guess is the teacher's at {numbers['mlm_top1']:.0%}, and the teacher's is "
-        f"among its first five at {numbers['mlm_top5']:.0%}; the word itself is guessed by the teacher at {numbers['mlm_teacher_right']:.0%} and by "
-        f"the student at {numbers['mlm_student_right']:.0%}."
+        f"Of {numbers['mlm_places']} masked places the student's first guess is the teacher's at {numbers['mlm_top1']:.0%}, and the "
+        f"teacher's is among its first five at {numbers['mlm_top5']:.0%}; the word itself is the first guess of the teacher at "
+        f"{numbers['mlm_teacher_right']:.0%} and of the student at {numbers['mlm_student_right']:.0%}."
     )
 
 

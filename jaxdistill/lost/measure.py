@@ -72,8 +72,12 @@ def log_attention(
 
 
 def compare_relations(
-    student: Float[Array, "B I S S"], teacher: Float[Array, "B J S S"], real: Float[Array, "B 1 S 1"], visible: Bool[Array, "B 1 1 S"], heads: int
-) -> tuple[Float[Array, "B R Ls Lt"], Float[Array, "B R Ls Lt"]]:  # fmt: skip
+    student: Float[Array, "B I S S"],
+    teacher: Float[Array, "B J S S"],
+    real: Float[Array, "B 1 S 1"],
+    visible: Bool[Array, "B 1 1 S"],
+    heads: int,
+) -> tuple[Float[Array, "B R Ls Lt"], Float[Array, "B R Ls Lt"]]:
     """(overlap, KL(teacher || student) in nats) of each relation head between all pairs of layers, from log-probabilities."""
 
     def by_head(log):  # [B, L * R, S, S] -> [B * R, L, S, S]

@@ -68,10 +68,15 @@ def group_sums(x: Float[Array, "B S Dx"], y: Float[Array, "B S Dy"], mask: Num[A
 def _pair_sums(a: Float[Array, "T Da"], b: Float[Array, "T Db"]) -> Moments:
     square_a, square_b = jnp.sum(jnp.square(a), axis=1), jnp.sum(jnp.square(b), axis=1)
     return {
-        "product": a.T @ b, "a": jnp.sum(a, axis=0), "b": jnp.sum(b, axis=0), "squares_a": jnp.sum(square_a), "squares_b": jnp.sum(square_b),
-        "squares": jnp.sum(square_a * square_b), "a_by_b": jnp.sum(a * square_b[:, None], axis=0),
+        "product": a.T @ b,
+        "a": jnp.sum(a, axis=0),
+        "b": jnp.sum(b, axis=0),
+        "squares_a": jnp.sum(square_a),
+        "squares_b": jnp.sum(square_b),
+        "squares": jnp.sum(square_a * square_b),
+        "a_by_b": jnp.sum(a * square_b[:, None], axis=0),
         "b_by_a": jnp.sum(b * square_a[:, None], axis=0),
-    }  # fmt: skip
+    }
 
 
 def debiased_cka(sums: dict[str, Moments]) -> float | None:

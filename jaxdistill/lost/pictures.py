@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,9 @@ def draw_heatmap(heatmap: Mapping[str, Any], path: str | Path, subtitle: str) ->
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=11, labelcolor=GREY, length=0)
-    figure.suptitle(f"{heatmap['title']}: {subtitle}", x=0.02, ha="left", fontsize=18, fontweight="bold", color=INK, parse_math=False)
-    axes.set_title(heatmap["note"], loc="left", fontsize=11, color=GREY, pad=10, wrap=True, parse_math=False)
+    figure.suptitle(heatmap["title"], x=0.02, ha="left", fontsize=18, fontweight="bold", color=INK, parse_math=False)
+    lines = [line for text in (subtitle, heatmap["note"]) for line in textwrap.wrap(text, int(12 * size[0]))]
+    axes.set_title("\n".join(lines), loc="left", fontsize=11, color=GREY, pad=10, linespacing=1.5, parse_math=False)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """What was measured as numbers, tables and heat maps, and in a few plain sentences.
 
 Overlap is 1 - total variation, the share of probability that two distributions over the same keys have in common, meant over
-queries: 0 nothing, 1 equal. Two flat distributions overlap too, so a teacher's head has a counterpart only above the overlap of
-even attention.
+queries: 0 nothing, 1 equal. Two flat distributions overlap too, so a teacher's head has a counterpart only where the student's is
+nearer to it than even attention is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxdistill.lost.measure import MLM_COUNTS, RELATIONS, Measured
 from jaxdistill.lost.text import ALL, FEWEST_ROWS
 
 COUNTERPART = 0.5  # overlap from which on two heads count as doing the same
+ABOVE_EVEN = 0.05  # and from which on above the overlap of even attention, which any flat head has
 NOTICEABLE = 0.02  # a smaller difference of a breakdown is called none
 BREAKDOWN = ("rows", "tokens", "CKA, last layer", "relations", "CLS similarity", "mean similarity", "MLM top-1", "MLM top-5")
 MEASURES = {"CKA, last layer": "CKA of the last layer", "relations": "relation overlap", "MLM top-1": "MLM top-1 agreement"}
@@ -69,7 +70,7 @@ class Summary:
         """[Lt, Nt]: overlap of the student's head that is most like each of the teacher's, and whether it is a counterpart."""
         best = self.attention.max(axis=(0, 1))
         even = self.measured.uniform.sum(axis=0, dtype=np.float64) / self.lengths.sum()
-        return best, (best > COUNTERPART) & (best > even)
+        return best, (best > COUNTERPART) & (best > even + ABOVE_EVEN)
 
     @cached_property
     def relation_layer(self) -> int:
