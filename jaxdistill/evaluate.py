@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -67,25 +67,30 @@ def resolve_models(config: EvaluationConfig) -> list[Evaluated]:
     return found
 
 
-@cache
-def _rows(task: Task, split: str | None, data: str | None) -> Rows:
-    return read_split(task, task.train if split is None else task.tests[split], data)
+@dataclass(frozen=True)
+class TaskRows:
+    """What there is of a task."""
+
+    task: Task
+    train: Rows | None
+    tests: dict[str, Rows]
+    notes: tuple[str, ...]  # what is not there or left out
 
 
-def read_task(task: Task, config: EvaluationConfig) -> tuple[Rows | None, dict[str, Rows], tuple[str, ...]]:
-    """Rows to train on and to be scored on, and notes on what is not there or left out.
+def read_task(task: Task, config: EvaluationConfig) -> TaskRows:
+    """Rows to train on and to be scored on.
 
     Raises:
       MissingSplit: without a train split (if it is read) or any split to be scored on.
       InputError: what is there is not the task.
     """
-    train = _rows(task, None, config.data) if config.train else None
+    train = read_split(task, task.train, config.data) if config.train else None
     tests, missing = {}, []
-    for split in task.tests:
+    for name, split in task.tests.items():
         try:
-            tests[split] = _rows(task, split, config.data)
+            tests[name] = read_split(task, split, config.data)
         except MissingSplit as error:
-            missing.append((split, error))
+            missing.append((name, error))
     if not tests:
         raise missing[0][1]
     notes = [f"{task.title} is not scored on {', '.join(split for split, _ in missing)}: not in the data"] if missing else []
@@ -94,19 +99,19 @@ def read_task(task: Task, config: EvaluationConfig) -> tuple[Rows | None, dict[s
             notes.append(f"{task.title}: {rows.unlabelled} rows of {split} have no gold label and are left out")
     if config.protocol.report == "best" and missing and missing[0][0] == next(iter(task.tests)):
         raise missing[0][1]  # what the best is chosen on
-    return train, tests, tuple(notes)
+    return TaskRows(task, train, tests, tuple(notes))
 
 
-def task_data(task: Task, model: Evaluated, config: EvaluationConfig) -> TaskData:
+def task_data(rows: TaskRows, model: Evaluated, config: EvaluationConfig) -> TaskData:
     """A task in a model's tokens."""
-    train, tests, notes = read_task(task, config)
+    task, train = rows.task, rows.train
     available = len(train) if train else 0
     limit = config.protocol.train_limit
     if train and limit and limit < available:  # the same rows for every model and seed
         chosen = np.sort(RowOrder((available,), None, 0).rows(np.arange(limit)))
         train = Rows(tuple([column[i] for i in chosen] for column in train.texts), train.labels[chosen])
     encode = partial(encode_rows, tokenizer=model.tokenizer, family=model.config.family, max_length=config.protocol.max_length)
-    tokens = {split: encode(rows) for split, rows in tests.items()}
+    tokens = {split: encode(test) for split, test in rows.tests.items()}
     trained = encode(train) if train else None
     everything = [*tokens.values(), *([trained] if trained else [])]
     vocabulary = np.unique(np.concatenate([ids for each in everything for ids in each.ids]))
@@ -118,7 +123,7 @@ def task_data(task: Task, model: Evaluated, config: EvaluationConfig) -> TaskDat
     length = row_length(longest, model.config.max_sequence_length)
     return TaskData(
         task, within(trained) if trained else None, {split: within(each) for split, each in tokens.items()}, vocabulary, length,
-        available, notes,
+        available, rows.notes,
     )  # fmt: skip
 
 
@@ -137,12 +142,11 @@ def evaluate(config: EvaluationConfig, *, overwrite: bool = False) -> list[Path]
     if config.output:
         raise InputError("output: is where finetune writes its model; evaluate writes results")
     models, tasks = resolve_models(config), find_tasks(config.tasks)
-    missing = check_tasks(tasks, config)
+    there, missing = read_tasks(tasks, config)
     sections = {model.name: begin_scores(model, config, overwrite) for model in models}
-    there = [task for task in tasks if task.name not in missing]
     for model in models:
         if not config.train:
-            check_head(model, there)
+            check_head(model, [rows.task for rows in there])
     for name, reason in missing.items():
         print(f"missing: {name}: {reason}")
     files = []
@@ -152,21 +156,21 @@ def evaluate(config: EvaluationConfig, *, overwrite: bool = False) -> list[Path]
     return files
 
 
-def check_tasks(tasks: tuple[Task, ...], config: EvaluationConfig) -> dict[str, str]:
-    """Task -> why it is left out. Reads all the data, so that what is wrong with it is said before hours of training.
+def read_tasks(tasks: tuple[Task, ...], config: EvaluationConfig) -> tuple[list[TaskRows], dict[str, str]]:
+    """The tasks that are there, all read, so that what is wrong is said before hours of training; and why the others are not.
 
     Raises:
       InputError: data that is not the task's, or none of the tasks there.
     """
-    missing: dict[str, str] = {}
+    there, missing = [], {}
     for task in tasks:
         try:
-            read_task(task, config)
+            there.append(read_task(task, config))
         except MissingSplit as error:
             missing[task.name] = str(error)
-    if len(missing) == len(tasks):
-        raise InputError(f"tasks: none is there. {next(iter(missing.values()))}")
-    return missing
+    if not there:
+        raise InputError(f"tasks: none of them is there. {next(iter(missing.values()))}")
+    return there, missing
 
 
 def check_head(model: Evaluated, tasks: list[Task]) -> None:
@@ -204,12 +208,15 @@ def begin_scores(model: Evaluated, config: EvaluationConfig, overwrite: bool) ->
     return known["scores"] | {"protocol": protocol | {"seeds": sorted(seeds)}}
 
 
-def score_model(model: Evaluated, tasks: list[Task], missing: dict[str, str], section: dict[str, Any], config: EvaluationConfig) -> Path:
+def score_model(
+    model: Evaluated, tasks: list[TaskRows], missing: dict[str, str], section: dict[str, Any], config: EvaluationConfig
+) -> Path:
     """Do what is not done yet; the model's file is written after every training."""
     write = partial(results.write_section, Path(config.results), model.name, model.description, "scores")
     section["missing"] = {name: why for name, why in (section["missing"] | missing).items() if name not in section["tasks"]}
     path, loaded = write(section), None
-    for task in tasks:
+    for rows in tasks:
+        task = rows.task
         entry = section["tasks"].setdefault(task.name, {"examples": {}, "runs": [], "notes": []})
         done = {tuple(run[field] for field in ("learning_rate", "batch_size", "epochs", "seed")) for run in entry["runs"]}
         cells = [cell for cell in cells_of(config.protocol, task) if dataclasses.astuple(cell) not in done]
@@ -220,7 +227,7 @@ def score_model(model: Evaluated, tasks: list[Task], missing: dict[str, str], se
             print(f"{model.name}: {task.title} is done already")
             continue
         loaded = loaded or load_pretrained(model.folder)
-        data = task_data(task, model, config)
+        data = task_data(rows, model, config)
         counts = {"train": len(data.train), "train_available": data.available} if data.train else {}
         entry["examples"] = counts | {split: len(tokens) for split, tokens in data.tests.items()}
         entry["notes"] = list(data.notes)
