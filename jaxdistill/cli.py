@@ -99,6 +99,20 @@ Words = Annotated[list[str], typer.Argument(metavar="MODEL... [KEY=VALUE]...", h
 
 
 @app.command()
+def finetune(words: Words, overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a model that is there")] = False) -> None:
+    """Fine-tune one model on one task and write it for AutoModelForSequenceClassification.
+
+    tasks=rte output=FOLDER data=FOLDER protocol=wang2023 protocol.learning_rates=[3e-5]
+    """
+    from jaxdistill.config import load_evaluation
+    from jaxdistill.finetune import finetune as run
+    from jaxdistill.runtime import configure
+
+    configure()
+    run(load_evaluation(words), overwrite=overwrite)
+
+
+@app.command()
 def evaluate(
     words: Words, overwrite: Annotated[bool, typer.Option("--overwrite", help="forget the scores that are there")] = False
 ) -> None:
