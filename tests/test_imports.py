@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 # From left to right; a module imports only from its left (and from its own room).
 FLOW = [
     ["errors", "shapes"], ["features", "layer_map", "row_keys"], ["config"], ["sharding", "stages"], ["losses"], ["kernels"], ["models"],
-    ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"], ["flops", "metrics", "progress", "runtime"],
-    ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"], ["export", "agreement", "recorder"], ["distill", "latency", "lost"],
-    ["quickstart"], ["cli"],
+    ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"],
+    ["flops", "metrics", "progress", "runtime"], ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"],
+    ["export", "agreement", "recorder"], ["distill", "latency", "lost"], ["quickstart"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {
     "flax": {"models"},

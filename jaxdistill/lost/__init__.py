@@ -12,7 +12,7 @@ from jaxdistill.config import Config, SourceConfig, load_config
 from jaxdistill.data import Masking, TextTokenizer, load_tokenizer
 from jaxdistill.errors import InputError
 from jaxdistill.lost.answers import answers
-from jaxdistill.lost.measure import Model, masked_rows, measure, measure_mlm
+from jaxdistill.lost.comparison import Model, masked_rows, measure, measure_mlm
 from jaxdistill.lost.pictures import draw_all
 from jaxdistill.lost.summary import BREAKDOWN, Summary, length_buckets
 from jaxdistill.lost.text import ALL, FEWEST_ROWS, Rows, text_rows
