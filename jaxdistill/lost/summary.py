@@ -83,9 +83,9 @@ class Summary:
         return int(self.relations[:, :, -1].mean(axis=(0, 1)).argmax()) + 1
 
     @cached_property
-    def nearest(self) -> np.ndarray:
+    def nearest(self) -> list[int]:
         """The teacher's layer of the highest CKA for each layer 0..Ls of the student."""
-        return self.measured.cka.argmax(axis=1)
+        return self.measured.cka.argmax(axis=1).tolist()
 
     def breakdown(self, group: str, member: np.ndarray) -> dict[str, float | None]:
         """The columns of BREAKDOWN for the rows of `member` [N]."""
@@ -147,7 +147,7 @@ class Summary:
         layers = []
         for layer in range(1, self.num_layers[0] + 1):
             nearest = self.nearest[layer]
-            row: list[Any] = [layer, int(nearest), _rounded(self.measured.cka[layer, nearest])]
+            row: list[Any] = [layer, nearest, _rounded(self.measured.cka[layer, nearest])]
             for kind in range(len(RELATIONS)):
                 of_teacher = self.relations[kind, :, layer - 1].mean(axis=0)
                 best = int(of_teacher.argmax())
