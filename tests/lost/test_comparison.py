@@ -114,9 +114,8 @@ def test_a_model_and_itself(models, rows):
     for layer in range(3):
         for head in range(4):
             np.testing.assert_allclose(own.overlap[:, layer, head, layer, head], lengths, rtol=1e-5)
-        np.testing.assert_allclose(
-            own.relation_overlap[:, :, :, layer, layer], np.broadcast_to(lengths[:, None, None], (5, 3, 12)), rtol=1e-5
-        )
+        whole = np.broadcast_to(lengths[:, None, None], (5, 3, 12))
+        np.testing.assert_allclose(own.relation_overlap[:, :, :, layer, layer], whole, rtol=1e-5)
         np.testing.assert_allclose(own.relation_kl[:, :, :, layer, layer], 0.0, atol=1e-4)
     assert own.relation_kl[:, :, :, 0, 1].min() > 0.01
 

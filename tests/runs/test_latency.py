@@ -3,6 +3,7 @@
 import importlib
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from jaxdistill.features import Feature
 from jaxdistill.flops import forward_flops_per_token
 from jaxdistill.models import encode, load_pretrained, num_parameters
 from jaxdistill.results import read_result
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 latency = importlib.import_module("jaxdistill.latency")
 FIELDS = {
@@ -26,6 +29,10 @@ def models(tmp_path_factory):
     write_model(root / "teacher", tiny_config(), pooler=True)
     write_model(root / "student", tiny_config(num_layers=1), mlm=True)
     return root
+
+
+def nobody():
+    return latency.Model("nobody", "", Path(), tiny_config(), {})
 
 
 @pytest.fixture(autouse=True)
@@ -51,18 +58,25 @@ def check_section(section, config, framework, dtype_bytes):
 OPTIONS = ("--batch-size", "2", "--batch-size", "1", "--length", "8", "--repeats", "3")
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_jax(cli, models, tmp_path, dtype, size):
+def test_jax(cli, models, tmp_path):
     folders = (models / "teacher", f"mine={models / 'student'}")
-    code, out, err = cli("latency", *folders, *OPTIONS, "--framework", "jax", "--dtype", dtype, "--results", tmp_path)
+    code, out, err = cli("latency", *folders, *OPTIONS, "--framework", "jax", "--results", tmp_path)
     assert code == 0, err
     for name, num_layers in (("teacher", 3), ("mine", 1)):
         result = read_result(tmp_path / f"{name}.json")
-        check_section(result["latency"], tiny_config(num_layers=num_layers), "jax", size)
+        check_section(result["latency"], tiny_config(num_layers=num_layers), "jax", 4)
         assert all(one["memory_bytes"] > 0 for one in result["latency"]["measurements"])
     rows = [line.split() for line in out.splitlines() if "jax" in line]
     assert [row[0] for row in rows] == ["teacher", "mine"] * 2
     assert rows[0][-1] == rows[2][-1] == "1.00x"
+
+
+def test_bfloat16(cli, models, tmp_path):
+    options = ("--framework", "jax", "--dtype", "bfloat16", "--batch-size", "1", "--length", "8", "--repeats", "2")
+    code, _, err = cli("latency", models / "student", *options, "--results", tmp_path)
+    assert code == 0, err
+    section = read_result(tmp_path / "student.json")["latency"]
+    assert (section["dtype"], section["weights_bytes"]) == ("bfloat16", 2 * num_parameters(tiny_config(num_layers=1)))
 
 
 @pytest.mark.torch
@@ -94,7 +108,7 @@ def test_default_is_every_framework_there_is(monkeypatch):
 
 def test_models_take_turns(monkeypatch):
     calls = []
-    passes = [latency.Pass(None, lambda name=name: calls.append(name), "cpu", 1, lambda: None) for name in "ab"]
+    passes = [latency.Pass(nobody(), lambda name=name: calls.append(name), "cpu", 1, lambda: None) for name in "ab"]
     monkeypatch.setattr(latency, "WARM_UP_PASSES", 1)
     latency._measure(passes, repeats=2)
     assert calls == ["a", "b", "a", "b", "a", "b"]
@@ -102,7 +116,7 @@ def test_models_take_turns(monkeypatch):
 
 
 def test_mean_and_sample_deviation():
-    measured = latency.Pass(None, None, "gpu", None, lambda: 7, seconds=[0.1, 0.2, 0.6])
+    measured = latency.Pass(nobody(), print, "gpu", None, lambda: 7, seconds=[0.1, 0.2, 0.6])
     found = latency._measurement(measured, "jax", 4, 16)
     assert found["mean_seconds"] == pytest.approx(0.3) and found["deviation_seconds"] == pytest.approx(0.07**0.5)
     assert found["examples_per_second"] == pytest.approx(4 / 0.3) and found["memory_bytes"] == 7
@@ -133,7 +147,7 @@ def test_no_padding_in_the_example():
         (["{teacher}", "--repeats", "1"], ["--repeats:", "at least 2"]),
         (["{teacher}", "--batch-size", "0"], ["--batch-size: at least 1, got 0"]),
         (["{teacher}", "--dtype", "int8"], ["--dtype: unknown type 'int8'"]),
-        (["{teacher}", "{damaged}"], ["no model.safetensors"]),
+        (["{teacher}", "{damaged}", "--length", "8"], ["no model.safetensors"]),
     ],
 )
 def test_wrong_input(cli, models, tmp_path, arguments, parts):
@@ -157,5 +171,5 @@ def test_without_pytorch(cli, models, monkeypatch, tmp_path):
 
 def test_results_of_other_weights_are_refused_before_measuring(cli, models, tmp_path):
     (tmp_path / "teacher.json").write_text(json.dumps({"format": "jaxdistill results", "model": {"weights_sha256": "0", "source": "x"}}))
-    code, out, err = cli("latency", models / "teacher", "--results", tmp_path)
+    code, out, err = cli("latency", models / "teacher", "--length", "8", "--results", tmp_path)
     assert (code, out) == (2, "") and "results of a model with other weights (x)" in err
