@@ -60,7 +60,7 @@ def _heads(summary: Summary) -> list[str]:
     used = len(set(by_head[matched].tolist()))
     those = f": {used} of the student's {total} heads" if used else f", among its {total} heads"
     found = [
-        f"Of the teacher's {matched.size} attention heads {int(matched.sum()) or 'none'} have a counterpart in the student (overlap above "
+        f"Of the teacher's {matched.size} attention heads {int(matched.sum()) or 'none'} {'has' if matched.sum() == 1 else 'have'} a counterpart in the student (overlap above "
         f"{COUNTERPART:g}, and {ABOVE_EVEN:g} above that of even attention){those}; the best matches overlap {best.mean():.2f} on average."
     ]
     missing = (~matched).sum(axis=1)

@@ -1,5 +1,8 @@
 """What is measured of two models: small numbers by hand, NumPy, the losses, and pairs whose answer is known."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,6 +38,16 @@ def found(models, rows):
     return measure(*models, *rows, groups)
 
 
+@pytest.fixture(scope="module")
+def outputs(models, rows):
+    """Every feature of the student and of the teacher."""
+    return [encoded(model, *rows) for model in models]
+
+
+def encoded(model, ids, mask):
+    return jax.jit(partial(encode, model.config))(model.params, ids, mask)
+
+
 def softmax_overlap(student, teacher, mask, heads):
     """[rows, R] or [rows, Ns, Nt] by NumPy: of (queries, keys) of each side."""
 
@@ -63,11 +76,9 @@ def test_relation_heads_divide_both():
         assert relation_heads(*configs) == heads
 
 
-def test_against_numpy_and_the_losses(models, rows, found):
-    (student_config, _), (teacher_config, _) = models
-    ids, mask = rows
-    student, teacher = (encode(model.config, model.params, ids, mask) for model in models)
-    heads = relation_heads(student_config, teacher_config)
+def test_against_numpy_and_the_losses(outputs, rows, found):
+    student, teacher = outputs
+    mask, heads = rows[1], relation_heads(STUDENT, TEACHER)
     assert found.overlap.shape == (5, 2, 3, 3, 4) and found.relation_kl.shape == (5, 3, heads, 2, 3)
     for i, j in ((1, 1), (2, 3), (1, 3)):
         sides = [(output.query[layer], output.key[layer]) for output, layer in ((student, i), (teacher, j))]
@@ -82,10 +93,9 @@ def test_against_numpy_and_the_losses(models, rows, found):
             np.testing.assert_allclose(found.relation_overlap[:, k, :, i - 1, j - 1], expected, rtol=1e-4)
 
 
-def test_hidden_states_and_sentences(models, rows, found):
-    ids, mask = rows
-    student, teacher = (encode(model.config, model.params, ids, mask) for model in models)
-    real = mask > 0
+def test_hidden_states_and_sentences(outputs, rows, found):
+    student, teacher = outputs
+    real = rows[1] > 0
     for i in range(3):
         for j in range(4):
             expected = linear_cka(np.asarray(student.hidden[i])[real], np.asarray(teacher.hidden[j])[real])
@@ -97,9 +107,8 @@ def test_hidden_states_and_sentences(models, rows, found):
     assert len(set(found.group_cka.values())) == 3
 
 
-def test_even_attention(models, rows, found):
-    ids, mask = rows
-    teacher = encode(TEACHER, models[1].params, ids, mask)
+def test_even_attention(outputs, rows, found):
+    teacher, mask = outputs[1], rows[1]
     nothing = np.zeros_like(teacher.query[2])
     expected = softmax_overlap((nothing, nothing), (teacher.query[2], teacher.key[2]), mask, (1, 4))[:, 0]
     np.testing.assert_allclose(found.uniform[:, 1], expected, rtol=1e-4)
@@ -158,7 +167,7 @@ def test_guesses_against_all_logits(models, rows, monkeypatch):
     np.testing.assert_array_equal(labels[places], ids[places])
     logits = []
     for model in models:
-        hidden = encode(model.config, model.params, masked, mask).hidden[model.config.num_layers]
+        hidden = encoded(model, masked, mask).hidden[model.config.num_layers]
         logits.append(np.asarray(mlm_logits(model.config, model.params, hidden))[..., :90])
     student, teacher = logits
     guess = teacher.argmax(axis=-1)

@@ -85,6 +85,7 @@ def test_the_teacher_itself_loses_nothing(cli, ground, tmp_path):
         (["{small}", "--text", "/no/such/text"], ["/no/such/text: no such file or folder"]),
         (["{small}", "--text", "{text}", "--language-column", "lang"], ["no field 'lang'"]),
         (["{small}", "--text", "{text}", "--column", "body"], ["no field 'body'"]),
+        (["{small}", "--column", "body"], ["--column:", "none is given"]),
         (["{small}", "--teacher", "/no/model"], ["/no/model: no such model folder"]),
         (["/no/model"], ["/no/model: no such model folder"]),
         (["{alone}"], ["--teacher:", "lies in no run", "give it"]),
