@@ -54,14 +54,15 @@ def _relations(summary: Summary) -> str:
 
 def _heads(summary: Summary) -> list[str]:
     best, matched = summary.counterparts
+    count = int(matched.sum())
     _, num_student_heads, *_ = summary.attention.shape
     total = summary.num_layers[0] * num_student_heads
     by_head = summary.attention.reshape(total, *matched.shape).argmax(axis=0)
     used = len(set(by_head[matched].tolist()))
     those = f": {used} of the student's {total} heads" if used else f", among its {total} heads"
     found = [
-        f"Of the teacher's {matched.size} attention heads {int(matched.sum()) or 'none'} {'has' if matched.sum() == 1 else 'have'} a counterpart in the student (overlap above "
-        f"{COUNTERPART:g}, and {ABOVE_EVEN:g} above that of even attention){those}; the best matches overlap {best.mean():.2f} on average."
+        f"Of the teacher's {matched.size} attention heads {count or 'none'} {'has' if count == 1 else 'have'} a counterpart in the student "
+        f"(overlap above {COUNTERPART:g}, and {ABOVE_EVEN:g} above that of even attention){those}; the best matches overlap {best.mean():.2f} on average."
     ]
     missing = (~matched).sum(axis=1)
     if missing.any() and matched.any():
