@@ -62,7 +62,8 @@ def _heads(summary: Summary) -> list[str]:
     those = f": {used} of the student's {total} heads" if used else f", among its {total} heads"
     found = [
         f"Of the teacher's {matched.size} attention heads {count or 'none'} {'has' if count == 1 else 'have'} a counterpart in the student "
-        f"(overlap above {COUNTERPART:g}, and {ABOVE_EVEN:g} above that of even attention){those}; the best matches overlap {best.mean():.2f} on average."
+        f"(overlap above {COUNTERPART:g}, and {ABOVE_EVEN:g} above that of even attention){those}; the best matches overlap "
+        f"{best.mean():.2f} on average."
     ]
     missing = (~matched).sum(axis=1)
     if missing.any() and matched.any():
