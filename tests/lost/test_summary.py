@@ -6,7 +6,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jaxdistill import lost  # noqa: F401
 from jaxdistill.lost import pictures
 from jaxdistill.lost.answers import answers
 from jaxdistill.lost.comparison import Measured
