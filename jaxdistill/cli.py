@@ -166,7 +166,7 @@ def lost(
     student: Annotated[str, typer.Argument(metavar="STUDENT|RUN", help="folder, Hub id, NAME=either, or a run: all its students")],
     teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: the run's")] = None,
     text: Annotated[str | None, typer.Option(help="file, folder or glob; default: held-out text of the run, or the sample")] = None,
-    column: Annotated[str, typer.Option(help="of --text, where it is parquet or jsonl")] = "text",
+    column: Annotated[str | None, typer.Option(help="of --text, where it is parquet or jsonl; default: text")] = None,
     language_column: Annotated[str | None, typer.Option(help="names the language of a text: numbers for each")] = None,
     rows: Annotated[int, typer.Option(help="paragraphs to compare on, at most")] = 256,
     length: Annotated[int, typer.Option(help="tokens of a paragraph, at most")] = 128,

@@ -61,6 +61,14 @@ def test_libraries_stay_in_their_rooms():
             assert allowed is None or own in allowed, f"{path} imports {module}"
 
 
+def test_pytorch_is_imported_only_when_it_is_timed():
+    for path in modules():
+        top = ast.Module([node for node in ast.parse(path.read_text(encoding="utf-8")).body if not isinstance(node, ast.FunctionDef)], [])
+        names = {alias.name for node in ast.walk(top) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(top) if isinstance(node, ast.ImportFrom)}
+        assert not {name.split(".")[0] for name in names if name} & {"torch", "transformers"}, path
+
+
 def test_no_file_and_no_function_is_too_long():
     for path in modules():
         text = path.read_text(encoding="utf-8")
