@@ -11,7 +11,7 @@ FLOW = [
     ["errors", "shapes"], ["features", "layer_map", "row_keys"], ["config"], ["sharding", "stages"], ["losses"], ["kernels"], ["models"],
     ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"], ["flops", "metrics", "progress", "runtime"],
     ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"], ["export", "agreement", "recorder"], ["distill"],
-    ["quickstart"], ["cli"],
+    ["quickstart"], ["compare"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {
     "flax": {"models"},

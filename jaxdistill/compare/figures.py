@@ -1,0 +1,260 @@
+"""Figures as inline SVG whose colours follow the page: score against cost with the Pareto front, and heat maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import Any
+
+from jaxdistill.report import COLOURS
+
+WIDTH, HEIGHT = 760, 440
+LEFT, RIGHT, TOP, BOTTOM = 56, 24, 18, 52
+LETTER, LINE = 6.7, 15  # of a label of 12 px
+MOST_LABELS = 26
+
+
+@dataclass(frozen=True)
+class Point:
+    name: str
+    x: float
+    y: float
+    error: float | None = None
+    published: bool = False
+    reference: bool = False
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in both: smaller or equal x and higher y, from left to right."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, -point.y)):
+        if not front or point.y > front[-1].y:
+            front.append(point)
+    return front
+
+
+def short(name: str, most: int = 30) -> str:
+    """A long name without its middle: what tells students apart is at both ends."""
+    return name if len(name) <= most else f"{name[: most * 2 // 3]}…{name[-(most - 1 - most * 2 // 3) :]}"
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (math.log(each) if self.log else each for each in (self.low, self.high, value))
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    if log:
+        found = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 3, 5)]
+        return [tick for tick in found if low <= tick <= high]
+    rough = (high - low) / 5
+    step = min((m * 10.0 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10)), key=lambda step: abs(step - rough))
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if log:
+        return low / 1.25, high * 1.25
+    pad = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+    return low - pad, high + pad
+
+
+def pareto(points: Sequence[Point], x_title: str, y_title: str) -> str:
+    """Score (up) against cost (to the right); measured points filled, published ones hollow, the front of either drawn."""
+    log = max(point.x for point in points) > 4 * min(point.x for point in points) > 0
+    xs = _Scale(*_range([point.x for point in points], log), LEFT, WIDTH - RIGHT, log)
+    heights = [point.y + sign * (point.error or 0) for point in points for sign in (-1, 1)]
+    ys = _Scale(*_range(heights, False), HEIGHT - BOTTOM, TOP)
+    parts = [_axes(xs, ys, f"{x_title}{', log scale' if log else ''}", y_title)]
+    for published in (True, False):
+        front = pareto_front([point for point in points if point.published == published])
+        if len(front) > 1:
+            line = " ".join(f"{xs(point.x):.1f},{ys(point.y):.1f}" for point in _steps(front))
+            parts.append(f'<polyline class="front{" published" if published else ""}" points="{line}"/>')
+    for point in points:
+        parts.append(_dot(point, xs(point.x), ys(point.y), ys))
+    parts += _labels(points, xs, ys)
+    title = f"{y_title} against {x_title}"
+    return (
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _steps(front: Sequence[Point]) -> list[Point]:
+    """What can be had at a cost is the best so far: a staircase."""
+    found = [front[0]]
+    for before, point in pairwise(front):
+        found += [Point("", point.x, before.y), point]
+    return found
+
+
+def _axes(xs: _Scale, ys: _Scale, x_title: str, y_title: str) -> str:
+    parts = []
+    for tick in _ticks(ys.low, ys.high, False):
+        y = ys(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    bottom = HEIGHT - BOTTOM
+    for tick in _ticks(xs.low, xs.high, xs.log):
+        x = xs(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
+    parts.append(f'<text class="title" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x_title)}</text>')
+    middle = (TOP + bottom) / 2
+    parts.append(f'<text class="title" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>')
+    return "".join(parts)
+
+
+def _dot(point: Point, x: float, y: float, ys: _Scale) -> str:
+    kind = "published" if point.published else "reference" if point.reference else "measured"
+    spread = f" ± {point.error:.1f}" if point.error is not None else ""
+    bar = ""
+    if point.error:
+        bar = f'<line class="error" x1="{x:.1f}" x2="{x:.1f}" y1="{ys(point.y - point.error):.1f}" y2="{ys(point.y + point.error):.1f}"/>'
+    title = escape(f"{point.name}: {point.y:.1f}{spread} at {point.x:.4g}")
+    return f'<g class="point {kind}">{bar}<circle cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{title}</title></circle></g>'
+
+
+def labelled(points: Sequence[Point]) -> list[Point]:
+    """The points that get a label: of many, those measured here and the published front."""
+    if len(points) <= MOST_LABELS:
+        return list(points)
+    front = pareto_front([point for point in points if point.published])
+    return ([point for point in points if not point.published] + front)[:MOST_LABELS]
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _overlap(one: Box, other: Box) -> float:
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[1], other[1])
+    return wide * high if wide > 0 and high > 0 else 0.0
+
+
+def _labels(points: Sequence[Point], xs: _Scale, ys: _Scale) -> list[str]:
+    """Each where it covers no other label and no point, as near to its own as that allows; a line leads to one that is far."""
+    dots = [(xs(point.x) - 6, ys(point.y) - 6, xs(point.x) + 6, ys(point.y) + 6) for point in points]
+    placed: list[Box] = []
+    parts = []
+    for point in sorted(labelled(points), key=lambda point: (point.published, -point.y)):
+        x, y = xs(point.x), ys(point.y)
+        name = short(point.name)
+        width = LETTER * len(name)
+        box = min(_places(x, y, width), key=lambda box: _cost(box, x, y, placed, dots))
+        placed.append(box)
+        left, top, right, bottom = box
+        near = min(max(x, left), right), min(max(y, top), bottom)
+        if math.dist(near, (x, y)) > 14:
+            parts.append(f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{near[0]:.1f}" y2="{near[1]:.1f}"/>')
+        kind = "published" if point.published else "measured"
+        full = f"<title>{escape(point.name)}</title>" if name != point.name else ""
+        at = f'x="{(left + right) / 2:.1f}" y="{bottom - 4:.1f}"'
+        parts.append(f'<text class="label {kind}" {at} text-anchor="middle">{escape(name)}{full}</text>')
+    return parts
+
+
+def _places(x: float, y: float, width: float) -> list[Box]:
+    found = []
+    for far in (9, 18, 30, 44, 60, 80, 104, 132):
+        for i in range(16):
+            angle = math.pi * i / 8
+            across, down = math.cos(angle) * far, math.sin(angle) * far
+            # The edge of the box that faces the point stands at the distance, whatever the width.
+            left = x + across if across > 1 else x + across - width if across < -1 else x - width / 2
+            if LEFT < left and left + width < WIDTH - 2 and TOP - 12 < y + down - LINE / 2 and y + down + LINE / 2 < HEIGHT - BOTTOM:
+                found.append((left, y + down - LINE / 2, left + width, y + down + LINE / 2))
+    return found or [(LEFT, y - LINE, LEFT + width, y)]
+
+
+def _cost(box: Box, x: float, y: float, placed: Sequence[Box], dots: Sequence[Box]) -> float:
+    covered = 10 * sum(_overlap(box, other) for other in placed) + 6 * sum(_overlap(box, dot) for dot in dots)
+    near = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+    return covered + math.dist(near, (x, y))
+
+
+def _mixed(share: float) -> tuple[str, str]:
+    """Colour of a cell at 0..1 of the scale, and of the digits on it: pale to the palette's blue to nearly black."""
+    stops = [(0.0, "#f3f7fb"), (0.65, COLOURS[0]), (1.0, "#00304d")]
+    share = min(max(share, 0.0), 1.0)
+    for (low, one), (high, other) in pairwise(stops):
+        if share <= high:
+            part = (share - low) / (high - low)
+            mixed = [round(int(one[i : i + 2], 16) * (1 - part) + int(other[i : i + 2], 16) * part) for i in (1, 3, 5)]
+            return "#" + "".join(f"{each:02x}" for each in mixed), "#111111" if share < 0.4 else "#ffffff"
+    raise AssertionError("a share is at most 1")
+
+
+def heat_map(content: Mapping[str, Any], *, digits: int = 2) -> str:
+    """A matrix of numbers as colours, with its labels, titles and scale; a cell without a number is left open.
+
+    Args:
+      content: `title`, `rows_title`, `columns_title`, `rows`, `columns`, `values` and, where the scale is not the values' own,
+        `low` and `high`, as in section `lost` of a file of results.
+    """
+    rows, columns, values = ([*map(str, content["rows"])], [*map(str, content["columns"])], content["values"])
+    finite = [value for row in values for value in row if isinstance(value, (int, float)) and math.isfinite(value)]
+    low, high = content.get("low"), content.get("high")
+    low, high = min(finite, default=0.0) if low is None else low, max(finite, default=1.0) if high is None else high
+    said = len(columns) <= 16
+    wide, tall = (46, 28) if said else (20, 18)
+    left = 40 + LETTER * max((len(short(row)) for row in rows), default=1)
+    longest = max((len(short(column)) for column in columns), default=1)
+    turned = longest * LETTER > wide - 4
+    top = 34 + (0.75 * LETTER * longest + 8 if turned else 18)
+    slant = 0.75 * LETTER * longest if turned else 0
+    width, height = max(left + wide * len(columns) + slant + 12, left + 190), top + tall * len(rows) + 44
+    parts = [f'<text class="title" x="{left:.0f}" y="14">{escape(str(content.get("columns_title", "")))}</text>']
+    middle = top + tall * len(rows) / 2
+    rows_title = escape(str(content.get("rows_title", "")))
+    parts.append(f'<text class="title" transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{rows_title}</text>')
+    for j, column in enumerate(columns):
+        x = left + wide * (j + 0.5)
+        at = f'transform="translate({x - 2:.0f} {top - 8:.0f}) rotate(-48)"' if turned else f'x="{x:.0f}" y="{top - 8:.0f}"'
+        anchor = "start" if turned else "middle"
+        parts.append(f'<text class="tick" {at} text-anchor="{anchor}">{escape(short(column))}</text>')
+    for i, (row, numbers) in enumerate(zip(rows, values, strict=True)):
+        y = top + tall * i
+        parts.append(f'<text class="tick" x="{left - 8:.0f}" y="{y + tall / 2 + 4:.0f}" text-anchor="end">{escape(short(row))}</text>')
+        for j, value in enumerate(numbers):
+            place = (left + wide * j, y, wide, tall)
+            parts.append(_square(value, low, high, place, f"{row}, {columns[j]}", digits if said else None))
+    parts.append(_scale_bar(left, top + tall * len(rows) + 16, low, high))
+    return (
+        f'<svg class="heat" viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px" role="img" '
+        f'aria-label="{escape(str(content["title"]))}">{"".join(parts)}</svg>'
+    )
+
+
+def _square(value: Any, low: float, high: float, place: Box, name: str, digits: int | None) -> str:
+    x, y, wide, tall = place
+    at = f'x="{x + 1:.0f}" y="{y + 1:.0f}" width="{wide - 2}" height="{tall - 2}" rx="2"'
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return f'<rect class="open" {at}><title>{escape(name)}: no value</title></rect>'
+    fill, ink = _mixed((value - low) / (high - low) if high > low else 0.5)
+    rect = f'<rect {at} fill="{fill}"><title>{escape(name)}: {value:.4g}</title></rect>'
+    if digits is None:
+        return rect
+    return f'{rect}<text class="value" x="{x + wide / 2:.0f}" y="{y + tall / 2 + 4:.0f}" fill="{ink}">{value:.{digits}f}</text>'
+
+
+def _scale_bar(x: float, y: float, low: float, high: float) -> str:
+    steps = "".join(f'<rect x="{x + 40 + 5 * i:.0f}" y="{y}" width="5" height="10" fill="{_mixed(i / 19)[0]}"/>' for i in range(20))
+    return (
+        f'<text class="tick" x="{x + 34:.0f}" y="{y + 9}" text-anchor="end">{low:.3g}</text>{steps}'
+        f'<text class="tick" x="{x + 146:.0f}" y="{y + 9}">{high:.3g}</text>'
+    )
