@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdistill.compare.cells import Cell, mean_of
 from jaxdistill.compare.entries import Entry
-from jaxdistill.compare.published import GLUE_ALL, GLUE_WITHOUT_COLA, XNLI_AVERAGE, Key
+from jaxdistill.compare.published import GLUE_ALL, GLUE_PAPER, GLUE_WITHOUT_COLA, XNLI_AVERAGE, Key
 from jaxdistill.compare.significance import Difference, paired
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.tasks import GLUE, TASKS
@@ -59,10 +59,10 @@ class Board:
 
     def score_key(self) -> Key | None:
         """The average that stands for a model in a sentence or a plot, else the first column that most models have."""
-        for key in (GLUE_WITHOUT_COLA, GLUE_ALL, XNLI_AVERAGE):
-            if key in self.columns and any(self.cell(entry, key) for entry in self.entries):
-                return key
-        return max(self.columns, key=lambda key: sum(self.cell(entry, key) is not None for entry in self.entries), default=None)
+        entries = [entry for entry in self.measured if entry.cells] or self.entries
+        having = {key: sum(self.cell(entry, key) is not None for entry in entries) for key in self.columns}
+        averages = [key for key in (GLUE_WITHOUT_COLA, GLUE_PAPER, GLUE_ALL, XNLI_AVERAGE) if having.get(key)]
+        return max(averages or having, key=lambda key: having[key], default=None)
 
 
 def _tasks_of(row: Any, key: Key) -> set[str]:
@@ -77,6 +77,8 @@ def make_board(entries: Sequence[Entry], reference: str | None) -> Board:
     """
     board = Board(list(entries), reference=_reference(entries, reference))
     board.cells = {(entry.name, key): cell for entry in entries for key, cell in entry.cells.items() if key not in _DERIVED}
+    # Where models were measured, a task that only published rows have stands further down.
+    shown = {key for entry in board.measured for key in entry.cells} or {key for entry in entries for key in entry.cells}
     for task in TASKS.values():
         dev, languages = next(iter(task.tests)), [split for split in task.tests if len(split) == 2]
         main = {(task.name, dev, task.metrics[0])} if task.name != "xnli" else set()
@@ -84,7 +86,7 @@ def make_board(entries: Sequence[Entry], reference: str | None) -> Board:
             for metric in task.metrics:
                 key = (task.name, split, metric)
                 if any(each in board.cells for each in ((entry.name, key) for entry in entries)):
-                    place = board.languages if split in languages else board.columns if key in main else board.others
+                    place = board.languages if split in languages else board.columns if key in main and key in shown else board.others
                     place[key] = _title(key)
         if languages:
             _average_languages(board, task.name, languages)
@@ -195,11 +197,27 @@ def _average_glue(board: Board) -> None:
             cell = _glue_average(entry, [main[task] for task in tasks], tasks, key, board.cells)
             if cell:
                 board.cells[entry.name, key] = cell
+    columns |= _paper_average(board, main)
     if "qqp" in common and any(entry.row and entry.row.source == "udagawa2023" for entry in board.entries):
         board.notes.append(
             "udagawa2023's averages count QQP by what is F1 by its size, ours by accuracy: this alone makes ours about 0.4 higher"
         )
     board.columns = columns | board.columns
+
+
+def _paper_average(board: Board, main: Mapping[str, Key]) -> dict[Key, str]:
+    """A column for rows of which the average alone is published, where ours is over other tasks; with the models that have its tasks."""
+    rows = [entry for entry in board.entries if not entry.measured and entry.row and GLUE_WITHOUT_COLA in entry.row.scores]
+    if all((entry.name, GLUE_WITHOUT_COLA) in board.cells for entry in rows):
+        return {}
+    tasks = [task for task in GLUE if task in rows[0].row.averaged[GLUE_WITHOUT_COLA]]
+    for entry in board.measured:
+        if cell := _glue_average(entry, [main[task] for task in tasks], tasks, GLUE_WITHOUT_COLA, board.cells):
+            board.cells[entry.name, GLUE_PAPER] = cell
+    for entry in rows:
+        board.cells[entry.name, GLUE_PAPER] = Cell(alone=entry.row.scores[GLUE_WITHOUT_COLA][0])
+    board.averaged[GLUE_PAPER] = tuple(tasks)
+    return {GLUE_PAPER: f"GLUE without CoLA ({len(tasks)} tasks, as published)"}
 
 
 def _glue_average(entry: Entry, keys: Sequence[Key], tasks: Sequence[str], average: Key, cells: Mapping) -> Cell | None:

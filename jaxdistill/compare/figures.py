@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,9 +12,9 @@ from typing import Any
 
 from jaxdistill.report import COLOURS
 
-WIDTH, HEIGHT = 760, 440
+WIDTH, HEIGHT = 900, 500
 LEFT, RIGHT, TOP, BOTTOM = 56, 24, 18, 52
-LETTER, LINE = 6.7, 15  # of a label of 12 px
+LETTER, LINE = 7.0, 15  # of a label of 12 px
 MOST_LABELS = 26
 
 
@@ -83,7 +84,7 @@ def pareto(points: Sequence[Point], x_title: str, y_title: str) -> str:
         if len(front) > 1:
             line = " ".join(f"{xs(point.x):.1f},{ys(point.y):.1f}" for point in _steps(front))
             parts.append(f'<polyline class="front{" published" if published else ""}" points="{line}"/>')
-    for point in points:
+    for point in sorted(points, key=lambda point: not point.published):  # ours on top
         parts.append(_dot(point, xs(point.x), ys(point.y), ys))
     parts += _labels(points, xs, ys)
     title = f"{y_title} against {x_title}"
@@ -149,11 +150,14 @@ def _overlap(one: Box, other: Box) -> float:
 def _labels(points: Sequence[Point], xs: _Scale, ys: _Scale) -> list[str]:
     """Each where it covers no other label and no point, as near to its own as that allows; a line leads to one that is far."""
     dots = [(xs(point.x) - 6, ys(point.y) - 6, xs(point.x) + 6, ys(point.y) + 6) for point in points]
+    # What all published rows have in common tells none of them apart.
+    ends = {_row_name(point.name, False).rsplit(" ", 1)[-1] for point in points if point.published}
+    alike = len(ends) == 1 and ends <= {"monolingual", "multilingual"}
     placed: list[Box] = []
     parts = []
     for point in sorted(labelled(points), key=lambda point: (point.published, -point.y)):
         x, y = xs(point.x), ys(point.y)
-        name = short(point.name)
+        name = short(_row_name(point.name, alike) if point.published else point.name)
         width = LETTER * len(name)
         box = min(_places(x, y, width), key=lambda box: _cost(box, x, y, placed, dots))
         placed.append(box)
@@ -166,6 +170,12 @@ def _labels(points: Sequence[Point], xs: _Scale, ys: _Scale) -> list[str]:
         at = f'x="{(left + right) / 2:.1f}" y="{bottom - 4:.1f}"'
         parts.append(f'<text class="label {kind}" {at} text-anchor="middle">{escape(name)}{full}</text>')
     return parts
+
+
+def _row_name(name: str, alike: bool) -> str:
+    """Of a published row without its source and, where all have the same, without its setting."""
+    bare = re.sub(r" \(\w+\d{4}\)$", "", name)
+    return bare.rsplit(" ", 1)[0] if alike else bare
 
 
 def _places(x: float, y: float, width: float) -> list[Box]:
@@ -195,8 +205,14 @@ def _mixed(share: float) -> tuple[str, str]:
         if share <= high:
             part = (share - low) / (high - low)
             mixed = [round(int(one[i : i + 2], 16) * (1 - part) + int(other[i : i + 2], 16) * part) for i in (1, 3, 5)]
-            return "#" + "".join(f"{each:02x}" for each in mixed), "#111111" if share < 0.4 else "#ffffff"
+            return "#" + "".join(f"{each:02x}" for each in mixed), "#111111" if _luminance(mixed) > 0.18 else "#ffffff"
     raise AssertionError("a share is at most 1")
+
+
+def _luminance(colour: Sequence[int]) -> float:
+    """Of WCAG; above 0.18 black stands out more than white."""
+    linear = [each / 255 / 12.92 if each <= 10 else ((each / 255 + 0.055) / 1.055) ** 2.4 for each in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def heat_map(content: Mapping[str, Any], *, digits: int = 2) -> str:
@@ -244,12 +260,13 @@ def _square(value: Any, low: float, high: float, place: Box, name: str, digits: 
     x, y, wide, tall = place
     at = f'x="{x + 1:.0f}" y="{y + 1:.0f}" width="{wide - 2}" height="{tall - 2}" rx="2"'
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return f'<rect class="open" {at}><title>{escape(name)}: no value</title></rect>'
+        dash = f'<text class="value open" x="{x + wide / 2:.0f}" y="{y + tall / 2 + 4:.0f}">&#8211;</text>'
+        return f'<rect class="open" {at}><title>{escape(name)}: no value</title></rect>{dash}'
     fill, ink = _mixed((value - low) / (high - low) if high > low else 0.5)
     rect = f'<rect {at} fill="{fill}"><title>{escape(name)}: {value:.4g}</title></rect>'
     if digits is None:
         return rect
-    return f'{rect}<text class="value" x="{x + wide / 2:.0f}" y="{y + tall / 2 + 4:.0f}" fill="{ink}">{value:.{digits}f}</text>'
+    return f'{rect}<text class="value" x="{x + wide / 2:.0f}" y="{y + tall / 2 + 4:.0f}" style="fill:{ink}">{value:.{digits}f}</text>'
 
 
 def _scale_bar(x: float, y: float, low: float, high: float) -> str:

@@ -11,6 +11,7 @@ from jaxdistill.compare.cells import Cell
 from jaxdistill.compare.entries import Entry
 from jaxdistill.compare.published import SOURCES, is_table
 from jaxdistill.compare.speed import choose_setting, milliseconds, setting_title
+from jaxdistill.compare.table import task_title
 
 KEPT = 0.95
 
@@ -21,7 +22,7 @@ def headline(board: Board) -> list[str]:
     scored = [entry for entry in board.measured if key and board.cell(entry, key)]
     if not scored:
         return _without_scores(board, key)
-    what = board.columns[key]
+    what = _what(board, key)
     best = max(scored, key=lambda entry: board.cell(entry, key).mean)
     said = [f"{best.name} scores best of {_models(len(scored))}: {_score(board.cell(best, key))} ({what})."]
     reference = board.reference if board.reference and board.cell(board.reference, key) else None
@@ -47,8 +48,12 @@ def _without_scores(board: Board, key) -> list[str]:
     if not rows:
         return [f"{_models(len(board.entries)).capitalize()}, none with a score: run `jaxdistill evaluate` on them."]
     best = max(rows, key=lambda entry: board.cell(entry, key).mean)
-    said = [f"{best.name} has the highest published score of {len(rows)}: {_score(board.cell(best, key))} ({board.columns[key]})."]
+    said = [f"{best.name} has the highest published score of {len(rows)}: {_score(board.cell(best, key))} ({_what(board, key)})."]
     return said + [f"{_models(len(board.measured)).capitalize()} measured here, none with a score."] * bool(board.measured)
+
+
+def _what(board: Board, key) -> str:
+    return board.columns[key].replace(" (", ", ").removesuffix(")")
 
 
 def _models(count: int) -> str:
@@ -79,9 +84,11 @@ def how_made(board: Board, inputs: Sequence[str], results: Path, output: Path, r
     for entry in board.measured:
         if entry.cells:
             by_protocol.setdefault(_protocol(entry), []).append(entry.name)
-    lines = [
-        f"Fine-tuning: {protocol}" + ("" if len(by_protocol) == 1 else f" ({', '.join(names)})") for protocol, names in by_protocol.items()
-    ]
+    commonest = max(by_protocol.values(), key=len, default=[])
+    lines = []
+    for protocol, names in sorted(by_protocol.items(), key=lambda each: each[1] is commonest):
+        whose = "all the others" if names is commonest and len(names) > 1 else ", ".join(names)
+        lines.append(f"Fine-tuning: {protocol}" + (f" ({whose})" if len(by_protocol) > 1 else ""))
     if len(by_protocol) > 1:
         lines.append("The protocols differ: scores of models under different ones are not the same measurement.")
     if setting := choose_setting(board.measured):
@@ -93,14 +100,14 @@ def how_made(board: Board, inputs: Sequence[str], results: Path, output: Path, r
 
 def _protocol(entry: Entry) -> str:
     said = entry.protocol
-    epochs = f"{said.get('epochs', '?')}"
+    epochs = f"{said.get('epochs', '?')} epochs"
     if of := said.get("epochs_of"):
-        epochs += f" ({', '.join(f'{task} {count}' for task, count in of.items())})"
+        epochs += f" ({', '.join(f'{task_title(task)} {count}' for task, count in of.items())})"
     parts = [
         str(said.get("name") or "unnamed protocol"),
         f"learning rate {_listed(said.get('learning_rates'))}",
         f"batch {_listed(said.get('batch_sizes'))}",
-        f"{epochs} epochs",
+        epochs,
         f"seeds {_listed(said.get('seeds'))}",
     ]
     if said.get("report"):
@@ -111,7 +118,7 @@ def _protocol(entry: Entry) -> str:
 
 
 def _listed(values) -> str:
-    return "/".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values) if values else "?"
+    return "/".join(f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value) for value in values) if values else "?"
 
 
 def _here(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -54,7 +55,12 @@ def _row_class(board: Board, entry: Entry) -> str:
 
 def _name(board: Board, entry: Entry) -> str:
     tag = ' <span class="tag">reference</span>' if entry is board.reference else ""
-    return f'<td data-v="{escape(entry.name)}">{escape(entry.name)}{tag}</td>'
+    return f'<td data-v="{escape(entry.name)}">{_breakable(entry.name)}{tag}</td>'
+
+
+def _breakable(name: str) -> str:
+    """A name that may go on in the next line after each of its parts."""
+    return re.sub(r"([._/-])(?=\w)", r"\1<wbr>", escape(name))
 
 
 def _score(board: Board, entry: Entry, key: Key, best: dict[str, float | None]) -> str:
@@ -101,7 +107,8 @@ def _score_table(board: Board, keys: dict[Key, str], entries: Sequence[Entry], *
 
 def _scores(board: Board) -> str:
     table = _score_table(board, board.columns, board.entries, sizes=True)
-    said = [*legend(board), "Blue: the best measured here; underlined: the best apart from the reference. A click on a heading sorts."]
+    best = ["Blue: the best measured here; underlined: the best apart from the reference."] if board.reference else []
+    said = [*legend(board), *best, "A click on a heading sorts."]
     items = "".join(f"<li>{escape(line)}</li>" for line in said)
     return f'<section><h2>Scores</h2>{table}<ul class="legend">{items}</ul></section>'
 

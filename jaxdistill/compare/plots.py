@@ -25,7 +25,8 @@ def cost_plots(board: Board) -> list[Shown]:
 
 
 def _note(points: list[Point], note: str) -> str:
-    said = ["Up and to the left is better; the line is the Pareto front, the bars are one deviation over seeds."]
+    bars = ", the bars are one deviation over seeds" if any(point.error for point in points) else ""
+    said = [f"Up and to the left is better; the line is the Pareto front{bars}."]
     if any(point.published for point in points) and not all(point.published for point in points):
         said.append("Hollow: published; dashed: their front.")
     if any(point.reference for point in points):

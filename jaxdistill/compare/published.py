@@ -22,6 +22,7 @@ SOURCES = {
 Key = tuple[str, str, str]  # task, split, metric
 GLUE_ALL: Key = ("glue", "", "average")
 GLUE_WITHOUT_COLA: Key = ("glue", "", "average_without_cola")
+GLUE_PAPER: Key = ("glue", "as published", "average_without_cola")  # beside rows of which nothing else is published
 XNLI_AVERAGE: Key = ("xnli", "languages", "accuracy")
 _BY_TITLE = {task.title: task for task in TASKS.values()}
 # By the size of the numbers: published/SOURCES.md.
@@ -72,7 +73,7 @@ def udagawa2023() -> tuple[Published, ...]:
     def row_of(row: dict[str, str]) -> Published:
         student = "teacher" if row["student"].lower() == "teacher" else row["student"]
         keys = {"method": row["method"], "layer_mapping": row["layer_mapping"], "setting": row["setting"], "student": student}
-        name = " ".join(dict.fromkeys(word for word in keys.values() if word))
+        name = " ".join(dict.fromkeys(word for word in (student, row["method"], row["layer_mapping"], row["setting"]) if word))
         short = row["setting"].removesuffix("lingual")
         size, latency = students[student][f"params_{row['setting']}_M"], students[student][f"latency_{short}_cpu_ms"]
         model = Published("udagawa2023", f"{name} (udagawa2023)", keys, int(size) * 1_000_000, float(latency))
@@ -101,7 +102,9 @@ def wang2023() -> tuple[Published, ...]:
             table = tables[0] if start in ("4,8,12", "random", "") else tables[1]
             keys = {"objective": row["objective"], "initialised_from": start, "setting": setting}
             begun = f" from {start}" if start else ""
-            model = Published("wang2023", f"{row['objective']}{begun} {setting.replace('_', '-')} (wang2023)", keys)
+            model = Published(
+                "wang2023", f"{row['objective'].removesuffix(' (published)')}{begun} {setting.replace('_', '-')} (wang2023)", keys
+            )
             titles = [title for title in row if title in _BY_TITLE]
             for title in titles:
                 if setting == "task_agnostic" or _BY_TITLE[title].name not in _UNCLEAR:

@@ -13,6 +13,7 @@ from jaxdistill.compare.published import Key
 from jaxdistill.compare.significance import ALPHA, Difference
 from jaxdistill.compare.speed import Setting, choose_setting, milliseconds, setting_title
 from jaxdistill.report import markdown_table
+from jaxdistill.tasks import TASKS
 
 CSV_COLUMNS = (
     "model", "kind", "task", "split", "metric", "mean", "deviation", "seeds", "published", "published_source", "reference", "difference",
@@ -121,7 +122,8 @@ def tables(board: Board) -> list[Table]:
 def legend(board: Board) -> list[str]:
     """What the marks of the tables mean, as far as they occur."""
     texts = [marks(board, entry, key) for entry in board.entries for key in board.keys]
-    said = ["Scores in percent; mean ± sample standard deviation over fine-tuning seeds."]
+    spread = "; mean ± sample standard deviation over fine-tuning seeds" if board.reference else ""
+    said = [f"Scores in percent{spread}."]
     if board.differences:
         tested = [difference for difference in board.differences.values() if difference.p is not None]
         chance = f"about {ALPHA * len(tested):.0f} would be marked by chance"
@@ -150,8 +152,12 @@ def model_notes(board: Board) -> list[str]:
     said = list(board.notes)
     for entry in board.measured:
         said += [f"{entry.name}: {note}" for note in entry.notes]
-        said += [f"{entry.name}: no {task}: {reason}" for task, reason in entry.missing.items()]
+        said += [f"{entry.name}: no {task_title(task)}: {reason}" for task, reason in entry.missing.items()]
     return said
+
+
+def task_title(task: str) -> str:
+    return TASKS[task].title if task in TASKS else task
 
 
 def markdown(board: Board, headline: Sequence[str], made: Sequence[str], sources: Sequence[str]) -> str:
