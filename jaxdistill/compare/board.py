@@ -158,7 +158,8 @@ def _average_languages(board: Board, task: str, languages: Sequence[str]) -> Non
             board.cells[entry.name, key] = mean_of([board.cells[entry.name, (task, split, metric)] for split in common])
         elif entry.name in wanted and len(common) == len(languages):
             board.cells[entry.name, key] = Cell(alone=entry.row.scores[key][0])
-    if left := {split: [name for name, found in ours.items() if split not in found] for split in languages if split not in common}:
+    seen = set().union(*ours.values())
+    if left := {split: [name for name, found in ours.items() if split not in found] for split in languages if split in seen - set(common)}:
         names = sorted({name for missing in left.values() for name in missing})
         board.notes.append(f"{TASKS[task].title} average: {', '.join(left)} left out, missing for {_some(names)}")
 
@@ -198,7 +199,8 @@ def _average_glue(board: Board) -> None:
             if cell:
                 board.cells[entry.name, key] = cell
     columns |= _paper_average(board, main)
-    if "qqp" in common and any(entry.row and entry.row.source == "udagawa2023" for entry in board.entries):
+    shared = "qqp" in common or GLUE_PAPER in columns
+    if shared and any(entry.row and entry.row.source == "udagawa2023" for entry in board.entries) and board.measured:
         board.notes.append(
             "udagawa2023's averages count QQP by what is F1 by its size, ours by accuracy: this alone makes ours about 0.4 higher"
         )

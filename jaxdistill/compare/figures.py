@@ -197,15 +197,15 @@ def _cost(box: Box, x: float, y: float, placed: Sequence[Box], dots: Sequence[Bo
     return covered + math.dist(near, (x, y))
 
 
-def _mixed(share: float) -> tuple[str, str]:
-    """Colour of a cell at 0..1 of the scale, and of the digits on it: pale to the palette's blue to nearly black."""
+def _mixed(share: float) -> tuple[str, bool]:
+    """Colour of a cell at 0..1 of the scale, pale to the palette's blue to nearly black; whether digits on it are white."""
     stops = [(0.0, "#f3f7fb"), (0.65, COLOURS[0]), (1.0, "#00304d")]
     share = min(max(share, 0.0), 1.0)
     for (low, one), (high, other) in pairwise(stops):
         if share <= high:
             part = (share - low) / (high - low)
             mixed = [round(int(one[i : i + 2], 16) * (1 - part) + int(other[i : i + 2], 16) * part) for i in (1, 3, 5)]
-            return "#" + "".join(f"{each:02x}" for each in mixed), "#111111" if _luminance(mixed) > 0.18 else "#ffffff"
+            return "#" + "".join(f"{each:02x}" for each in mixed), _luminance(mixed) <= 0.18
     raise AssertionError("a share is at most 1")
 
 
@@ -246,9 +246,14 @@ def heat_map(content: Mapping[str, Any], *, digits: int = 2) -> str:
     for i, (row, numbers) in enumerate(zip(rows, values, strict=True)):
         y = top + tall * i
         parts.append(f'<text class="tick" x="{left - 8:.0f}" y="{y + tall / 2 + 4:.0f}" text-anchor="end">{escape(short(row))}</text>')
-        for j, value in enumerate(numbers):
-            place = (left + wide * j, y, wide, tall)
-            parts.append(_square(value, low, high, place, f"{row}, {columns[j]}", digits if said else None))
+        names = [f"{row}, {column}" for column in columns]
+        squares = [
+            _square(value, low, high, (left + wide * j, wide, tall), name, digits if said else None)
+            for j, (value, name) in enumerate(zip(numbers, names, strict=True))
+        ]
+        paths, texts = ("".join(each) for each in zip(*squares, strict=True))
+        parts.append(f'<g transform="translate(0 {y:.0f})">{paths}</g>')
+        parts.append(f'<g class="v" transform="translate(0 {y + tall / 2 + 4:.0f})">{texts}</g>')
     parts.append(_scale_bar(left, top + tall * len(rows) + 16, low, high))
     return (
         f'<svg class="heat" viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px" role="img" '
@@ -256,17 +261,18 @@ def heat_map(content: Mapping[str, Any], *, digits: int = 2) -> str:
     )
 
 
-def _square(value: Any, low: float, high: float, place: Box, name: str, digits: int | None) -> str:
-    x, y, wide, tall = place
-    at = f'x="{x + 1:.0f}" y="{y + 1:.0f}" width="{wide - 2}" height="{tall - 2}" rx="2"'
+def _square(value: Any, low: float, high: float, place: tuple[float, int, int], name: str, digits: int | None) -> tuple[str, str]:
+    """One cell at (x, width, height) and the digits on it. Few bytes: a page may hold ten thousand."""
+    x, wide, tall = place
+    square = f'd="M{x + 1:.0f} 1h{wide - 2}v{tall - 2}h{2 - wide}z"'
+    middle = f'x="{x + wide / 2:.0f}"'
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        dash = f'<text class="value open" x="{x + wide / 2:.0f}" y="{y + tall / 2 + 4:.0f}">&#8211;</text>'
-        return f'<rect class="open" {at}><title>{escape(name)}: no value</title></rect>{dash}'
-    fill, ink = _mixed((value - low) / (high - low) if high > low else 0.5)
-    rect = f'<rect {at} fill="{fill}"><title>{escape(name)}: {value:.4g}</title></rect>'
+        return f'<path class="open" {square}><title>{escape(name)}: no value</title></path>', f'<text class="open" {middle}>&#8211;</text>'
+    fill, is_dark = _mixed((value - low) / (high - low) if high > low else 0.5)
     if digits is None:
-        return rect
-    return f'{rect}<text class="value" x="{x + wide / 2:.0f}" y="{y + tall / 2 + 4:.0f}" style="fill:{ink}">{value:.{digits}f}</text>'
+        return f'<path fill="{fill}" {square}><title>{escape(name)}: {value:.3g}</title></path>', ""
+    white = 'class="w" ' if is_dark else ""
+    return f'<path fill="{fill}" {square}/>', f"<text {white}{middle}>{value:.{digits}f}</text>"
 
 
 def _scale_bar(x: float, y: float, low: float, high: float) -> str:

@@ -83,8 +83,10 @@ def main_table(board: Board, *, bold: bool = False) -> Table:
         texts = []
         for key in board.columns:
             cell, text = board.cell(entry, key), score_text(board, entry, key)
+            text = _plain(text) if bold else text
             texts.append(f"**{text}**" if bold and entry.measured and cell and cell.mean == best[key] else text)
-        rows.append((model_cell(board, entry), size_text(entry), *([_time_text(time)] if setting else []), *texts))
+        name = model_cell(board, entry)
+        rows.append((_plain(name) if bold else name, size_text(entry), *([_time_text(time)] if setting else []), *texts))
     return Table("Scores", ("model", "parameters (M)", *timed, *board.columns.values()), rows)
 
 
@@ -166,7 +168,7 @@ def markdown(board: Board, headline: Sequence[str], made: Sequence[str], sources
     parts = ["# Comparison\n", " ".join(map(_plain, headline)) + "\n", markdown_table(main.rows, main.columns)]
     parts.append("".join(f"- {_plain(line)}\n" for line in legend(board)))
     for table in tables(board):
-        parts += [f"## {_plain(table.title)}\n", markdown_table(table.rows, table.columns)]
+        parts += [f"## {_plain(table.title)}\n", markdown_table([list(map(_plain, row)) for row in table.rows], table.columns)]
     for title, lines in (("Notes", model_notes(board)), ("How it was made", made), ("Published tables", sources)):
         if lines:
             parts += [f"## {title}\n", "".join(f"- {_plain(line)}\n" for line in lines)]
