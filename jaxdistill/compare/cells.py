@@ -76,7 +76,7 @@ def _task_cells(name: str, content: Mapping[str, Any]) -> tuple[dict[Key, Cell],
     tried = set()
     for run in content["runs"]:
         seed, setting = int(run["seed"]), (run.get("learning_rate"), run.get("batch_size"), run.get("epochs"))
-        first = next(iter(run["scores"])) if dev not in run["scores"] else dev
+        first = dev if dev in run["scores"] else next(iter(run["scores"]), dev)
         score = float(run["scores"][first].get(metric, math.nan))
         tried.add(setting)
         if not math.isfinite(score):

@@ -16,6 +16,9 @@ WIDTH, HEIGHT = 900, 500
 LEFT, RIGHT, TOP, BOTTOM = 56, 24, 18, 52
 LETTER, LINE = 7.0, 15  # of a label of 12 px
 MOST_LABELS = 26
+LEADER = 14  # farther from its point than this, a label gets a line
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,17 @@ def pareto(points: Sequence[Point], x_title: str, y_title: str) -> str:
     heights = [point.y + sign * (point.error or 0) for point in points for sign in (-1, 1)]
     ys = _Scale(*_range(heights, False), HEIGHT - BOTTOM, TOP)
     parts = [_axes(xs, ys, f"{x_title}{', log scale' if log else ''}", y_title)]
+    lines: list[Box] = []
     for published in (True, False):
         front = pareto_front([point for point in points if point.published == published])
         if len(front) > 1:
-            line = " ".join(f"{xs(point.x):.1f},{ys(point.y):.1f}" for point in _steps(front))
+            corners = [(xs(point.x), ys(point.y)) for point in _steps(front)]
+            lines += [(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in pairwise(corners)]
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
             parts.append(f'<polyline class="front{" published" if published else ""}" points="{line}"/>')
     for point in sorted(points, key=lambda point: not point.published):  # ours on top
         parts.append(_dot(point, xs(point.x), ys(point.y), ys))
-    parts += _labels(points, xs, ys)
+    parts += _labels(points, xs, ys, lines)
     title = f"{y_title} against {x_title}"
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
@@ -138,37 +144,35 @@ def labelled(points: Sequence[Point]) -> list[Point]:
     return ([point for point in points if not point.published] + front)[:MOST_LABELS]
 
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
 def _overlap(one: Box, other: Box) -> float:
     wide = min(one[2], other[2]) - max(one[0], other[0])
     high = min(one[3], other[3]) - max(one[1], other[1])
     return wide * high if wide > 0 and high > 0 else 0.0
 
 
-def _labels(points: Sequence[Point], xs: _Scale, ys: _Scale) -> list[str]:
+def _labels(points: Sequence[Point], xs: _Scale, ys: _Scale, lines: Sequence[Box]) -> list[str]:
     """Each where it covers no other label and no point, as near to its own as that allows; a line leads to one that is far."""
-    dots = [(xs(point.x) - 6, ys(point.y) - 6, xs(point.x) + 6, ys(point.y) + 6) for point in points]
+    dots = [_around((xs(point.x), ys(point.y))) for point in points]
     # What all published rows have in common tells none of them apart.
     ends = {_row_name(point.name, False).rsplit(" ", 1)[-1] for point in points if point.published}
     alike = len(ends) == 1 and ends <= {"monolingual", "multilingual"}
     placed: list[Box] = []
+    leaders: list[tuple[float, float]] = []
     parts = []
     for point in sorted(labelled(points), key=lambda point: (point.published, -point.y)):
-        x, y = xs(point.x), ys(point.y)
+        at = xs(point.x), ys(point.y)
         name = short(_row_name(point.name, alike) if point.published else point.name)
-        width = LETTER * len(name)
-        box = min(_places(x, y, width), key=lambda box: _cost(box, x, y, placed, dots))
+        places = _places(*at, LETTER * len(name))
+        box = min(places, key=lambda box: _cost(box, at, placed, dots, lines, leaders))
         placed.append(box)
-        left, top, right, bottom = box
-        near = min(max(x, left), right), min(max(y, top), bottom)
-        if math.dist(near, (x, y)) > 14:
-            parts.append(f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{near[0]:.1f}" y2="{near[1]:.1f}"/>')
+        near = _nearest(box, at)
+        if math.dist(near, at) > LEADER:
+            leaders += _along(at, near)
+            parts.append(f'<line class="leader" x1="{at[0]:.1f}" y1="{at[1]:.1f}" x2="{near[0]:.1f}" y2="{near[1]:.1f}"/>')
         kind = "published" if point.published else "measured"
         full = f"<title>{escape(point.name)}</title>" if name != point.name else ""
-        at = f'x="{(left + right) / 2:.1f}" y="{bottom - 4:.1f}"'
-        parts.append(f'<text class="label {kind}" {at} text-anchor="middle">{escape(name)}{full}</text>')
+        middle = f'x="{(box[0] + box[2]) / 2:.1f}" y="{box[3] - 4:.1f}"'
+        parts.append(f'<text class="label {kind}" {middle} text-anchor="middle">{escape(name)}{full}</text>')
     return parts
 
 
@@ -180,7 +184,7 @@ def _row_name(name: str, alike: bool) -> str:
 
 def _places(x: float, y: float, width: float) -> list[Box]:
     found = []
-    for far in (9, 18, 30, 44, 60, 80, 104, 132):
+    for far in (9, 18, 30, 44, 60, 80, 104, 132, 170, 220):
         for i in range(16):
             angle = math.pi * i / 8
             across, down = math.cos(angle) * far, math.sin(angle) * far
@@ -191,10 +195,38 @@ def _places(x: float, y: float, width: float) -> list[Box]:
     return found or [(LEFT, y - LINE, LEFT + width, y)]
 
 
-def _cost(box: Box, x: float, y: float, placed: Sequence[Box], dots: Sequence[Box]) -> float:
+def _nearest(box: Box, at: tuple[float, float]) -> tuple[float, float]:
+    return min(max(at[0], box[0]), box[2]), min(max(at[1], box[1]), box[3])
+
+
+def _around(at: tuple[float, float]) -> Box:
+    """The square that a point covers."""
+    return at[0] - 6, at[1] - 6, at[0] + 6, at[1] + 6
+
+
+def _along(one: tuple[float, float], other: tuple[float, float]) -> list[tuple[float, float]]:
+    return [(one[0] + i / 12 * (other[0] - one[0]), one[1] + i / 12 * (other[1] - one[1])) for i in range(1, 12)]
+
+
+def _inside(spots: Sequence[tuple[float, float]], box: Box) -> int:
+    return sum(box[0] < x < box[2] and box[1] < y < box[3] for x, y in spots)
+
+
+def _cost(
+    box: Box,
+    at: tuple[float, float],
+    placed: Sequence[Box],
+    dots: Sequence[Box],
+    lines: Sequence[Box],
+    leaders: Sequence[tuple[float, float]],
+) -> float:
+    """How bad a place is: a covered label or point is worst, then a line through a label, then the distance."""
+    near = _nearest(box, at)
+    far = math.dist(near, at)
+    own = _along(at, near) if far > LEADER else []
     covered = 10 * sum(_overlap(box, other) for other in placed) + 6 * sum(_overlap(box, dot) for dot in dots)
-    near = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
-    return covered + math.dist(near, (x, y))
+    crossed = 60 * (sum(_inside(own, other) for other in placed) + _inside(leaders, box)) + 12 * sum(_inside(own, dot) for dot in dots)
+    return covered + crossed + 0.15 * sum(_overlap(box, line) for line in lines) + far + far * far / 120
 
 
 def _mixed(share: float) -> tuple[str, bool]:

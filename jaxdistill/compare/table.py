@@ -104,11 +104,12 @@ def score_table(board: Board, keys: dict[Key, str], title: str) -> Table:
 
 
 def difference_table(board: Board) -> Table:
-    """Ours minus the reference's in every column of the main table."""
-    entries = [entry for entry in board.measured if any((entry.name, key) in board.differences for key in board.columns)]
-    rows = [(entry.name, *(difference_text(board.differences.get((entry.name, key))) for key in board.columns)) for entry in entries]
+    """Ours minus the reference's in every column of the main table that both have."""
+    keys = [key for key in board.columns if any((entry.name, key) in board.differences for entry in board.measured)]
+    entries = [entry for entry in board.measured if any((entry.name, key) in board.differences for key in keys)]
+    rows = [(entry.name, *(difference_text(board.differences.get((entry.name, key))) for key in keys)) for entry in entries]
     name = board.reference.name if board.reference else ""
-    return Table(f"Difference to {name}", ("model", *board.columns.values()), rows)
+    return Table(f"Difference to {name}", ("model", *(board.columns[key] for key in keys)), rows)
 
 
 def tables(board: Board) -> list[Table]:

@@ -192,3 +192,12 @@ def test_a_shape_of_nobody_says_so(tmp_path):
     board = board_of(tmp_path)
     assert "ours stands beside none: no published row has its shape, vocabulary, objective and layers of the teacher" in sources(board)
     assert not any(line.startswith("plain") for line in sources(board))
+
+
+def test_nothing_published_stands_beside_a_score_that_is_not_there(tmp_path):
+    write_result(tmp_path, "ours", {"snli": task(runs(0.8, 0.82, 0.81))}, {"distilled": distilled(MINILM)})
+    write_result(tmp_path, "other", {"snli": task(runs(0.81, 0.80, 0.83))}, LARGE)
+    board = board_of(tmp_path, "udagawa2023:3L:monolingual")
+    assert "none of its scores is comparable to ours here" in "".join(sources(board))
+    assert not any("QQP" in note for note in board.notes)
+    assert difference_table(board).columns == ("model", "SNLI")

@@ -120,6 +120,7 @@ def test_a_run_that_diverged_is_left_out_and_named():
         ({"rta": task([])}, "unknown task 'rta'; did you mean 'rte'"),
         ({"rte": {"examples": {}}}, "x.json: scores.tasks.rte: not as evaluate writes it: no 'runs'"),
         ({"rte": task([{"seed": 0}])}, "not as evaluate writes it: no 'scores'"),
+        ({"rte": task([{"seed": 0, "scores": {}}])}, "not as evaluate writes it: no 'validation'"),
     ],
 )
 def test_scores_that_nobody_wrote(tasks, message):
