@@ -192,6 +192,13 @@ def test_latency_of_the_setting_that_most_have(tmp_path):
     assert choose_setting(board_of(tmp_path).measured) == ("pytorch", "cuda", 32, 128)  # two of seven are too few
 
 
+def test_of_two_frameworks_jax_stands_for_the_models(tmp_path):
+    both = {"measurements": [*measured(1.0)["measurements"], *measured(2.0, "pytorch")["measurements"]]}
+    write_result(tmp_path, "a", None, latency=both)
+    write_result(tmp_path, "b", None, latency=measured(2.0, "pytorch"))
+    assert choose_setting(board_of(tmp_path).measured) == ("jax", "cpu", 1, 128)
+
+
 def test_published_points_are_hollow_and_their_latency_is_not_ours(results):
     shown = {title: (note, svg) for title, note, svg in cost_plots(board_of(results, "udagawa2023:3L:monolingual"))}
     note, svg = shown["GLUE without CoLA against latency"]
