@@ -25,7 +25,8 @@ from jaxdistill.students import export_pooler, student_key
 def export_student(folder: Path, config: EncoderConfig, params: dict, *, tokenizer: Path, dtype: str, card: str) -> Path:
     """Write the folder whole or not at all; one that is there is replaced.
 
-    The folder is the base model (AutoModel); a student with an MLM head has it in the subfolder mlm/ (AutoModelForMaskedLM).
+    The folder is the base model (AutoModel), or with a classification head one for AutoModelForSequenceClassification; a
+    student with an MLM head has it in the subfolder mlm/ (AutoModelForMaskedLM).
 
     Args:
       params: of the encoder, with "pooler" for a base model that loads without a missing key, with "mlm" for the head.
@@ -34,11 +35,10 @@ def export_student(folder: Path, config: EncoderConfig, params: dict, *, tokeniz
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for place, mlm in ((temporary, False), (temporary / "mlm", True)):
-        if mlm and "mlm" not in params:
-            continue
+    heads = {temporary: "classifier" if "classifier" in params else None} | ({temporary / "mlm": "mlm"} if "mlm" in params else {})
+    for place, head in heads.items():
         place.mkdir(parents=True)
-        save_pretrained(place, config, params, mlm=mlm, dtype=dtype)
+        save_pretrained(place, config, params, head=head, dtype=dtype)
         save_tokenizer(tokenizer, place, config.max_sequence_length)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

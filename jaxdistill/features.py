@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 
 import jax
 
-Kind = Literal["hidden", "query", "key", "value", "logits"]
+Kind = Literal["hidden", "query", "key", "value", "logits", "label_logits"]
 KINDS: tuple[Kind, ...] = ("hidden", "query", "key", "value")  # of a layer
 
 
 class Feature(NamedTuple):
-    """One tensor of an encoder. Layer 0 is the embedding output (hidden only), 1..L are the blocks; logits are of layer L."""
+    """One tensor of an encoder. Layer 0 is the embedding output (hidden only), 1..L are the blocks; both logits are of layer L."""
 
     kind: Kind
     layer: int
@@ -22,13 +22,17 @@ class Feature(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class EncoderOutput:
-    """Tensors [B, S, D] by layer number; only what was asked for. Query, key, value: native heads side by side; logits [B, S, V]."""
+    """Tensors [B, S, D] by layer number; only what was asked for. Query, key, value: native heads side by side.
+
+    `logits` [B, S, V] are over the vocabulary, `label_logits` [B, C] over the classes of a classification head.
+    """
 
     hidden: dict[int, jax.Array]
     query: dict[int, jax.Array]
     key: dict[int, jax.Array]
     value: dict[int, jax.Array]
     logits: dict[int, jax.Array] = field(default_factory=dict)
+    label_logits: dict[int, jax.Array] = field(default_factory=dict)
 
     def __getitem__(self, feature: Feature) -> jax.Array:
         return getattr(self, feature.kind)[feature.layer]

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxdistill.agreement import sentence_embeddings, similarity_agreement, split_sentences
 from jaxdistill.config import Config, load_config
 from jaxdistill.data import DocumentCounts, is_held_out, read_documents
 from jaxdistill.distill import distill
 from jaxdistill.errors import InputError
-from jaxdistill.agreement import sentence_embeddings, similarity_agreement, split_sentences
 from jaxdistill.models import load_config as load_model_config
 from jaxdistill.models import load_pretrained
 from jaxdistill.report import print_table, significant, summary_table

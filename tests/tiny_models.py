@@ -28,7 +28,7 @@ def tiny_config(family: str = "bert", **changes) -> EncoderConfig:
 
 
 def random_params(config: EncoderConfig, seed: int = 0, *, pooler: bool = False, mlm: bool = False, tied: bool = True) -> dict:
-    """Parameters as arrays on the host."""
+    """Parameters as arrays on the host; with a classification head where the config has labels."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -43,13 +43,14 @@ def random_params(config: EncoderConfig, seed: int = 0, *, pooler: bool = False,
 
 @lru_cache
 def _shapes(config: EncoderConfig, pooler: bool, mlm: bool) -> dict:
-    return jax.eval_shape(partial(init_params, config, pooler=pooler, mlm=mlm), jax.random.key(0))
+    return jax.eval_shape(partial(init_params, config, pooler=pooler, mlm=mlm, classifier=bool(config.labels)), jax.random.key(0))
 
 
 def write_model(folder: Path, config: EncoderConfig, seed: int = 0, *, pooler: bool = False, mlm: bool = False, **options) -> dict:
     """A model folder with random weights; returns them."""
     params = random_params(config, seed, pooler=pooler, mlm=mlm)
-    save_pretrained(folder, config, params, mlm=mlm, **options)
+    head = "mlm" if mlm else "classifier" if config.labels else None
+    save_pretrained(folder, config, params, head=head, **options)
     return params
 
 
@@ -84,6 +85,7 @@ def torch_model(kind: str, config: EncoderConfig, seed: int = 0, *, tied: bool =
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         tie_word_embeddings=tied,
+        **({"num_labels": len(config.labels)} if config.labels else {}),
     )
     model = getattr(transformers, kind).from_config(hub_config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)

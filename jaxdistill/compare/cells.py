@@ -75,7 +75,9 @@ def _task_cells(name: str, content: Mapping[str, Any]) -> tuple[dict[Key, Cell],
     best: dict[int, tuple[float, tuple, Mapping]] = {}
     tried = set()
     for run in content["runs"]:
-        seed, setting = int(run["seed"]), (run.get("learning_rate"), run.get("batch_size"), run.get("epochs"))
+        if run["seed"] is None:
+            notes.append(f"{task.title}: scored as it is, not fine-tuned here")
+        seed, setting = int(run["seed"] or 0), (run.get("learning_rate"), run.get("batch_size"), run.get("epochs"))
         first = dev if dev in run["scores"] else next(iter(run["scores"]), dev)
         score = float(run["scores"][first].get(metric, math.nan))
         tried.add(setting)

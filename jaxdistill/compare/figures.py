@@ -1,16 +1,13 @@
-"""Figures as inline SVG whose colours follow the page: score against cost with the Pareto front, and heat maps."""
+"""Score against cost with the Pareto front, as inline SVG whose colours follow the page."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
-from typing import Any
-
-from jaxdistill.report import COLOURS
 
 WIDTH, HEIGHT = 900, 500
 LEFT, RIGHT, TOP, BOTTOM = 56, 24, 18, 52
@@ -227,89 +224,3 @@ def _cost(
     covered = 10 * sum(_overlap(box, other) for other in placed) + 6 * sum(_overlap(box, dot) for dot in dots)
     crossed = 60 * (sum(_inside(own, other) for other in placed) + _inside(leaders, box)) + 12 * sum(_inside(own, dot) for dot in dots)
     return covered + crossed + 0.15 * sum(_overlap(box, line) for line in lines) + far + far * far / 120
-
-
-def _mixed(share: float) -> tuple[str, bool]:
-    """Colour of a cell at 0..1 of the scale, pale to the palette's blue to nearly black; whether digits on it are white."""
-    stops = [(0.0, "#f3f7fb"), (0.65, COLOURS[0]), (1.0, "#00304d")]
-    share = min(max(share, 0.0), 1.0)
-    for (low, one), (high, other) in pairwise(stops):
-        if share <= high:
-            part = (share - low) / (high - low)
-            mixed = [round(int(one[i : i + 2], 16) * (1 - part) + int(other[i : i + 2], 16) * part) for i in (1, 3, 5)]
-            return "#" + "".join(f"{each:02x}" for each in mixed), _luminance(mixed) <= 0.18
-    raise AssertionError("a share is at most 1")
-
-
-def _luminance(colour: Sequence[int]) -> float:
-    """Of WCAG; above 0.18 black stands out more than white."""
-    linear = [each / 255 / 12.92 if each <= 10 else ((each / 255 + 0.055) / 1.055) ** 2.4 for each in colour]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def heat_map(content: Mapping[str, Any], *, digits: int = 2) -> str:
-    """A matrix of numbers as colours, with its labels, titles and scale; a cell without a number is left open.
-
-    Args:
-      content: `title`, `rows_title`, `columns_title`, `rows`, `columns`, `values` and, where the scale is not the values' own,
-        `low` and `high`, as in section `lost` of a file of results.
-    """
-    rows, columns, values = ([*map(str, content["rows"])], [*map(str, content["columns"])], content["values"])
-    finite = [value for row in values for value in row if isinstance(value, (int, float)) and math.isfinite(value)]
-    low, high = content.get("low"), content.get("high")
-    low, high = min(finite, default=0.0) if low is None else low, max(finite, default=1.0) if high is None else high
-    said = len(columns) <= 16
-    wide, tall = (46, 28) if said else (20, 18)
-    left = 40 + LETTER * max((len(short(row)) for row in rows), default=1)
-    longest = max((len(short(column)) for column in columns), default=1)
-    turned = longest * LETTER > wide - 4
-    top = 34 + (0.75 * LETTER * longest + 8 if turned else 18)
-    slant = 0.75 * LETTER * longest if turned else 0
-    width, height = max(left + wide * len(columns) + slant + 12, left + 190), top + tall * len(rows) + 44
-    parts = [f'<text class="title" x="{left:.0f}" y="14">{escape(str(content.get("columns_title", "")))}</text>']
-    middle = top + tall * len(rows) / 2
-    rows_title = escape(str(content.get("rows_title", "")))
-    parts.append(f'<text class="title" transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{rows_title}</text>')
-    for j, column in enumerate(columns):
-        x = left + wide * (j + 0.5)
-        at = f'transform="translate({x - 2:.0f} {top - 8:.0f}) rotate(-48)"' if turned else f'x="{x:.0f}" y="{top - 8:.0f}"'
-        anchor = "start" if turned else "middle"
-        parts.append(f'<text class="tick" {at} text-anchor="{anchor}">{escape(short(column))}</text>')
-    for i, (row, numbers) in enumerate(zip(rows, values, strict=True)):
-        y = top + tall * i
-        parts.append(f'<text class="tick" x="{left - 8:.0f}" y="{y + tall / 2 + 4:.0f}" text-anchor="end">{escape(short(row))}</text>')
-        names = [f"{row}, {column}" for column in columns]
-        squares = [
-            _square(value, low, high, (left + wide * j, wide, tall), name, digits if said else None)
-            for j, (value, name) in enumerate(zip(numbers, names, strict=True))
-        ]
-        paths, texts = ("".join(each) for each in zip(*squares, strict=True))
-        parts.append(f'<g transform="translate(0 {y:.0f})">{paths}</g>')
-        parts.append(f'<g class="v" transform="translate(0 {y + tall / 2 + 4:.0f})">{texts}</g>')
-    parts.append(_scale_bar(left, top + tall * len(rows) + 16, low, high))
-    return (
-        f'<svg class="heat" viewBox="0 0 {width:.0f} {height:.0f}" style="width:{width:.0f}px" role="img" '
-        f'aria-label="{escape(str(content["title"]))}">{"".join(parts)}</svg>'
-    )
-
-
-def _square(value: Any, low: float, high: float, place: tuple[float, int, int], name: str, digits: int | None) -> tuple[str, str]:
-    """One cell at (x, width, height) and the digits on it. Few bytes: a page may hold ten thousand."""
-    x, wide, tall = place
-    square = f'd="M{x + 1:.0f} 1h{wide - 2}v{tall - 2}h{2 - wide}z"'
-    middle = f'x="{x + wide / 2:.0f}"'
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return f'<path class="open" {square}><title>{escape(name)}: no value</title></path>', f'<text class="open" {middle}>&#8211;</text>'
-    fill, is_dark = _mixed((value - low) / (high - low) if high > low else 0.5)
-    if digits is None:
-        return f'<path fill="{fill}" {square}><title>{escape(name)}: {value:.3g}</title></path>', ""
-    white = 'class="w" ' if is_dark else ""
-    return f'<path fill="{fill}" {square}/>', f"<text {white}{middle}>{value:.{digits}f}</text>"
-
-
-def _scale_bar(x: float, y: float, low: float, high: float) -> str:
-    steps = "".join(f'<rect x="{x + 40 + 5 * i:.0f}" y="{y}" width="5" height="10" fill="{_mixed(i / 19)[0]}"/>' for i in range(20))
-    return (
-        f'<text class="tick" x="{x + 34:.0f}" y="{y + 9}" text-anchor="end">{low:.3g}</text>{steps}'
-        f'<text class="tick" x="{x + 146:.0f}" y="{y + 9}">{high:.3g}</text>'
-    )

@@ -92,7 +92,11 @@ def how_made(board: Board, inputs: Sequence[str], results: Path, output: Path, r
     if len(by_protocol) > 1:
         lines.append("The protocols differ: scores of models under different ones are not the same measurement.")
     if setting := choose_setting(board.measured):
-        lines.append(f"Latency: {setting_title(setting)}, mean ± deviation over repeats; of one machine only if all were measured there.")
+        processors = sorted(
+            {str(entry.latency.get("processor") or "a processor that is not named") for entry in board.measured if entry.latency}
+        )
+        apart = "; of different machines: not the same measurement" if len(processors) > 1 else ""
+        lines.append(f"Latency: {setting_title(setting)}, mean ± deviation over repeats, on {', '.join(processors)}{apart}.")
     options = ["--results", _here(results)] + ["--output", _here(output)] + (["--reference", reference] if reference else [])
     command = shlex.join(["jaxdistill", "compare", *(each if is_table(each) else _here(Path(each)) for each in inputs), *options])
     return [*lines, f"To repeat: {command}"]
@@ -111,7 +115,9 @@ def _protocol(entry: Entry) -> str:
         f"seeds {_listed(said.get('seeds'))}",
     ]
     if said.get("report"):
-        parts.append({"last": "score after the last epoch", "best": "best on the dev set"}.get(said["report"], str(said["report"])))
+        parts.append(
+            {"last": "score after the last epoch", "best": "best epoch and setting on the dev set"}.get(said["report"], str(said["report"]))
+        )
     if said.get("train_limit"):
         parts.append(f"at most {said['train_limit']:,} training rows")
     return ", ".join(parts)

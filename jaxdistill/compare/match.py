@@ -30,7 +30,7 @@ def find_published(model: Mapping[str, Any], teacher_layers: Mapping[str, int], 
         what = "is not known" if depth is None else f"is {depth}"
         return None, f"the depth of its teacher {what}; the papers' teachers have {BASE} layers"
     finders = {"udagawa2023": _udagawa, "wang2023": _wang}
-    for name in sorted(finders, key=lambda each: each != protocol):
+    for name in sorted(finders, key=lambda each: not protocol.startswith(each)):
         if found := finders[name](model, distilled):
             return found, ""
     return None, "no published row has its shape, vocabulary, objective and layers of the teacher"

@@ -154,12 +154,13 @@ def _lost(board: Board) -> str:
             continue
         teacher = escape(str(entry.lost.get("teacher", "its teacher")))
         block = f"<h3>{escape(model_cell(board, entry))} against {teacher}</h3>"
-        numbers = entry.lost.get("numbers") or {}
+        answers = entry.lost.get("answers")
+        if isinstance(answers, list):
+            block += f"<ul>{''.join(f'<li>{escape(str(line))}</li>' for line in answers)}</ul>"
+        numbers = {name.replace("_", " "): value for name, value in (entry.lost.get("numbers") or {}).items() if value is not None}
         if numbers:
-            items = "; ".join(
-                f"{name} {value:.3g}" if isinstance(value, (int, float)) else f"{name} {value}" for name, value in numbers.items()
-            )
-            block += f'<p class="note">{escape(items)}</p>'
+            items = "; ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items())
+            block += f'<details><summary>Numbers</summary><p class="note">{escape(items)}</p></details>'
         figures = "".join(
             f"<figure><figcaption>{escape(title)}<span>{escape(note)}</span></figcaption>{svg}</figure>"
             for title, note, svg in lost_maps(entry)

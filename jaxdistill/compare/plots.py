@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jaxdistill.compare.board import Board
 from jaxdistill.compare.entries import Entry
-from jaxdistill.compare.figures import MOST_LABELS, Point, heat_map, pareto
+from jaxdistill.compare.figures import MOST_LABELS, Point, pareto
+from jaxdistill.compare.heat import heat_map
 from jaxdistill.compare.published import XNLI_AVERAGE, Key
 from jaxdistill.compare.speed import choose_setting, milliseconds, setting_title
 

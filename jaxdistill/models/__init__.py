@@ -1,6 +1,6 @@
 """Encoders: parameters are plain nested dicts of arrays, and these functions are all that the other rooms see.
 
-The parameters of a model are {"embeddings": ..., "layers": {"01": ...}} and, where it has them, "pooler" and "mlm".
+The parameters of a model are {"embeddings": ..., "layers": {"01": ...}} and, where it has them, "pooler", "mlm" and "classifier".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flax import nnx
 from jaxdistill.features import EncoderOutput, Feature, all_features, deepest_layer
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.encoder import Encoder, layer_name
-from jaxdistill.models.heads import MLMHead, Pooler
+from jaxdistill.models.heads import Classifier, MLMHead, Pooler
 from jaxdistill.models.hub import find_model, weights_sha256
 from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained, with_mlm_head
 from jaxdistill.row_keys import RowKeys
@@ -30,6 +30,7 @@ __all__ = [
     "forward",
     "init_params",
     "is_read",
+    "label_logits",
     "layer_name",
     "load_config",
     "load_pretrained",
@@ -55,14 +56,18 @@ def _module(kind: type[nnx.Module], config: EncoderConfig, dtype, params: Params
     return nnx.merge(_definition(kind, config, jnp.dtype(dtype).name, **options), nnx.State(arrays))
 
 
-def init_params(config: EncoderConfig, key: Key[Array, ""], *, pooler: bool = False, mlm: bool = False) -> Params:
-    """Random float32 parameters (kernels and embeddings truncated normal, biases zero). Pure: call it under `jax.jit`."""
+def init_params(config: EncoderConfig, key: Key[Array, ""], *, pooler: bool = False, mlm: bool = False, classifier: bool = False) -> Params:
+    """Random float32 parameters (kernels and embeddings truncated normal, biases zero). Pure: call it under `jax.jit`.
+
+    `classifier`: for the labels of the config, with the pooler that BERT's reads.
+    """
 
     def init(kind, i):
         module = kind(config, jnp.dtype("float32"), rngs=nnx.Rngs(params=jax.random.fold_in(key, i)))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
-    heads = {"pooler": (Pooler, pooler), "mlm": (MLMHead, mlm)}
+    pooler = pooler or (classifier and config.family == "bert")
+    heads = {"pooler": (Pooler, pooler), "mlm": (MLMHead, mlm), "classifier": (Classifier, classifier)}
     return init(Encoder, 0) | {name: init(kind, i) for i, (name, (kind, wanted)) in enumerate(heads.items(), 1) if wanted}
 
 
@@ -85,27 +90,32 @@ def forward(
 ) -> EncoderOutput:
     """The features asked for, and no computation above the deepest of them. Without `dropout` it is deterministic.
 
+    Label logits are of each row's first token: of rows that hold one text.
+
     Args:
       attention_mask: 1 = real token.
       segment_ids: numbers of the texts packed in a row, 0 = padding; None: a row is one text.
       dtype: of the matrix products; softmax and norms are float32.
 
     Raises:
-      ValueError: a layer that the model does not have, logits without an MLM head or below the last layer, or a sequence
+      ValueError: a layer that the model does not have, logits without their head or below the last layer, or a sequence
         longer than its position table.
     """
-    logits = Feature("logits", config.num_layers)
+    logits, labels = (Feature(kind, config.num_layers) for kind in ("logits", "label_logits"))
     last = Feature("hidden", config.num_layers)
-    if logits in features:
+    if {logits, labels} & features:
         output = forward(
             config, params, input_ids, attention_mask, token_type_ids, segment_ids,
-            features=features - {logits} | {last}, dropout=dropout, dtype=dtype,
+            features=features - {logits, labels} | {last}, dropout=dropout, dtype=dtype,
         )  # fmt: skip
-        output.logits[config.num_layers] = mlm_logits(config, params, output[last], dtype=dtype)
+        if logits in features:
+            output.logits[config.num_layers] = mlm_logits(config, params, output[last], dtype=dtype)
+        if labels in features:
+            output.label_logits[config.num_layers] = label_logits(config, params, output[last][:, 0], dropout=dropout, dtype=dtype)
         return output
     for feature in features:
-        if feature.kind == "logits":
-            raise ValueError(f"logits are of the last layer, {config.num_layers}, not of layer {feature.layer}")
+        if feature.kind.endswith("logits"):
+            raise ValueError(f"{feature.kind} are of the last layer, {config.num_layers}, not of layer {feature.layer}")
         if not (0 if feature.kind == "hidden" else 1) <= feature.layer <= config.num_layers:
             raise ValueError(f"no {feature.kind} of layer {feature.layer}: the encoder has layers 1..{config.num_layers} (hidden also 0)")
     if input_ids.shape[1] > config.max_sequence_length:
@@ -123,7 +133,7 @@ def is_read(path: tuple[str, ...], features: Iterable[Feature]) -> bool:
     if path[0] != "layers":
         return True
     layer, deepest = int(path[1]), deepest_layer(features)
-    if layer != deepest or {Feature("hidden", layer), Feature("logits", layer)} & features:
+    if layer != deepest or {Feature(kind, layer) for kind in ("hidden", "logits", "label_logits")} & features:
         return layer <= deepest
     return any(Feature(kind, layer) in features and path[2] == kind for kind in ("query", "key", "value"))
 
@@ -156,3 +166,18 @@ def mlm_logits(config: EncoderConfig, params: Params, hidden: Float[Array, "*B S
         raise ValueError("the model has no MLM head: load one from an MLM checkpoint (BertForMaskedLM, RobertaForMaskedLM)")
     head = _module(MLMHead, config, dtype, params["mlm"], tied="decoder" not in params["mlm"])
     return head(hidden, jnp.asarray(params["embeddings"]["word"]["embedding"]))
+
+
+def label_logits(
+    config: EncoderConfig, params: Params, first: Float[Array, "B D"], *, dropout: RowKeys | None = None, dtype=jnp.float32
+) -> Float[Array, "B C"]:
+    """Logits of the classification head from the last hidden state of each text's first token, in float32.
+
+    Raises:
+      ValueError: the model has no classification head.
+    """
+    if "classifier" not in params:
+        raise ValueError("the model has no classification head: fine-tune it, or load a ...ForSequenceClassification")
+    if config.family == "bert":
+        first = _module(Pooler, config, dtype, params["pooler"])(first)
+    return _module(Classifier, config, dtype, params["classifier"])(first, dropout)

@@ -28,6 +28,8 @@ class EncoderConfig:
     pad_token_id: int = 0
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+    labels: tuple[str, ...] = ()  # outputs of the classification head by name; one: a regression; none: no such head
+    classifier_dropout: float | None = None  # None: as hidden_dropout
 
     @property
     def head_size(self) -> int:

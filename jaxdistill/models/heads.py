@@ -1,4 +1,4 @@
-"""Heads on top of an encoder: BERT's pooler and the masked language model."""
+"""Heads on top of an encoder: BERT's pooler, the masked language model, sequence classification."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from flax import nnx
 
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.encoder import ACTIVATIONS, layer_norm, linear
+from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Float
 
 
@@ -14,8 +15,8 @@ class Pooler(nnx.Module):
     def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.dense = linear(config.hidden_size, config.hidden_size, config, dtype, rngs)
 
-    def __call__(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B D"]:
-        return jnp.tanh(self.dense(hidden[:, 0]))
+    def __call__(self, first: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        return jnp.tanh(self.dense(first))
 
 
 class MLMHead(nnx.Module):
@@ -36,3 +37,24 @@ class MLMHead(nnx.Module):
         kernel = self.decoder[...] if hasattr(self, "decoder") else word_embedding.T
         logits = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
         return logits + jnp.broadcast_to(self.bias[...], logits.shape)
+
+
+class Classifier(nnx.Module):
+    """Sequence classification, or regression with one label, on the vector of each text's first token.
+
+    BERT: dropout and a linear layer on the pooler's output. RoBERTa and XLM-R have no pooler but a layer of the same form in
+    the head itself, with dropout before it too.
+    """
+
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        if config.family != "bert":
+            self.dense = linear(config.hidden_size, config.hidden_size, config, dtype, rngs)
+        self.output = linear(config.hidden_size, len(config.labels), config, dtype, rngs)
+
+    def __call__(self, first: Float[Array, "B D"], dropout: RowKeys | None) -> Float[Array, "B C"]:
+        rate = self.config.hidden_dropout if self.config.classifier_dropout is None else self.config.classifier_dropout
+        x = first
+        if self.config.family != "bert":
+            x = jnp.tanh(self.dense(dropout.dropout(x, rate) if dropout else x))
+        return self.output(dropout.dropout(x, rate) if dropout else x).astype(jnp.float32)

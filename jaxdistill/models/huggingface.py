@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +35,7 @@ _CONFIG_FIELDS = {
     "pad_token_id": ("pad_token_id", {"bert": 0, "roberta": 1, "xlm-roberta": 1}),
     "bos_token_id": ("bos_token_id", {"bert": None, "roberta": 0, "xlm-roberta": 0}),
     "eos_token_id": ("eos_token_id", {"bert": None, "roberta": 2, "xlm-roberta": 2}),
+    "classifier_dropout": ("classifier_dropout", {"bert": None, "roberta": None, "xlm-roberta": None}),
 }
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 _PREFIX = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta"}
@@ -62,6 +65,11 @@ _MLM = {
     "bert": {"cls.predictions.transform.dense": "dense", "cls.predictions.transform.LayerNorm": "norm", "cls.predictions": None},
     "roberta": {"lm_head.dense": "dense", "lm_head.layer_norm": "norm", "lm_head": None},
 }
+_CLASSIFIER = {
+    "bert": {"classifier": "output"},
+    "roberta": {"classifier.dense": "dense", "classifier.out_proj": "output"},
+}
+_CLASSIFICATION = "ForSequenceClassification"
 # Buffers, and BERT's next-sentence head, which no distillation reads.
 _IGNORED = re.compile(r"(.*\.)?embeddings\.position_ids|cls\.seq_relationship\.(weight|bias)")
 
@@ -79,6 +87,7 @@ def weight_names(config: EncoderConfig, *, base_prefix: str = "") -> Iterator[tu
             yield f"{name}.decoder.weight", "mlm/decoder"
         else:
             modules[name] = (f"mlm/{path}", _LINEAR if path == "dense" else _NORM)
+    modules |= {name: (f"classifier/{path}", _LINEAR) for name, path in _CLASSIFIER[_PREFIX[config.family]].items()}
     for name, (path, kind) in modules.items():
         for suffix, leaf in kind:
             yield f"{name}.{suffix}", f"{path}/{leaf}"
@@ -107,7 +116,7 @@ def _read_config(folder: Path) -> EncoderConfig:
     fields = {}
     for name, (field, default) in _CONFIG_FIELDS.items():
         default = default[family] if isinstance(default, dict) else default
-        if name not in values and default is None and not name.endswith("_token_id"):
+        if name not in values and default is None and not name.endswith(("_token_id", "_dropout")):
             raise InputError(f"{file}: missing {name!r}")
         fields[field] = _checked(values.get(name, default), name, file)
     if fields["activation"] not in ("gelu", "gelu_new", "relu"):
@@ -118,7 +127,17 @@ def _read_config(folder: Path) -> EncoderConfig:
         raise InputError(f"{file}: is_decoder is set; only encoders are supported")
     if fields["hidden_size"] % fields["num_heads"]:
         raise InputError(f"{file}: hidden_size {fields['hidden_size']} does not divide into {fields['num_heads']} heads")
-    return EncoderConfig(family=family, **fields)
+    return EncoderConfig(family=family, labels=_label_names(values, file), **fields)
+
+
+def _label_names(values: dict, file: Path) -> tuple[str, ...]:
+    """Of a model for sequence classification, by their numbers; a config.json of another model may name labels that it does not use."""
+    if not any(str(name).endswith(_CLASSIFICATION) for name in values.get("architectures") or ()):
+        return ()
+    names = values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(names, dict) or sorted(names) != sorted(str(i) for i in range(len(names))):
+        raise InputError(f"{file}: id2label is not a name for each of the numbers 0, 1, ...")
+    return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
 def _checked(value, name: str, file: Path):
@@ -126,7 +145,9 @@ def _checked(value, name: str, file: Path):
     if name == "hidden_act":  # its names are checked where they are known
         return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name.endswith("_token_id"):
+    if name == "classifier_dropout":
+        good, kind = value is None or (is_number and 0 <= value < 1), "a rate or null"
+    elif name.endswith("_token_id"):
         good, kind = (value is None and name != "pad_token_id") or (isinstance(value, int) and value >= 0), "a token's number"
     elif name.endswith(("_eps", "_range", "_prob")):
         good, kind = is_number and value >= 0, "a number"
@@ -154,7 +175,7 @@ def with_mlm_head(folder: Path) -> Path | None:
 def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
     """Config and parameters (float32 arrays on the host) of a model folder or Hub id; reads safetensors only.
 
-    The parameters hold "pooler" and "mlm" where the file has them; "mlm" has its own "decoder" only when it is not tied.
+    The parameters hold "pooler", "mlm" and "classifier" where the file has them; "mlm" has its own "decoder" only when it is not tied.
 
     Raises:
       InputError: no such model, weights as pickle, a damaged file, a tensor missing, left over or of another shape.
@@ -166,9 +187,12 @@ def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
     base_prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
     names = dict(weight_names(config, base_prefix=base_prefix))
     _drop_tied_decoder(tensors, names)
+    config = _with_labels(config, tensors, names)
     unknown = sorted(set(tensors) - set(names))
     if unknown:
-        raise InputError(f"{folder}: {len(unknown)} weights have no place in a {config.family} encoder or MLM head, e.g. {unknown[0]}")
+        raise InputError(
+            f"{folder}: {len(unknown)} weights have no place in a {config.family} encoder, MLM or classification head, e.g. {unknown[0]}"
+        )
     present = {path.split("/")[0] for name, path in names.items() if name in tensors} | {"embeddings", "layers"}
     missing = [name for name, path in names.items() if path.split("/")[0] in present and name not in tensors and path != "mlm/decoder"]
     if missing:
@@ -187,6 +211,14 @@ def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
             node = node.setdefault(key, {})
         node[leaf] = np.ascontiguousarray(value.T if transposed else value, np.float32)
     return config, params
+
+
+def _with_labels(config: EncoderConfig, tensors: dict, names: dict) -> EncoderConfig:
+    """The config with as many labels as its classification head has outputs; numbered, where config.json does not name them."""
+    bias = next((tensors[name] for name, path in names.items() if path == "classifier/output/bias" and name in tensors), None)
+    if bias is None or len(bias) == len(config.labels):
+        return config
+    return dataclasses.replace(config, labels=tuple(f"LABEL_{i}" for i in range(len(bias))))
 
 
 def _modern_name(name: str) -> str:
@@ -213,6 +245,8 @@ def _shapes(config: EncoderConfig):
         "embeddings/token_type/embedding": (config.type_vocab_size, width),
         "mlm/bias": (vocab,),
         "mlm/decoder": (width, vocab),
+        "classifier/output/kernel": (width, len(config.labels)),
+        "classifier/output/bias": (len(config.labels),),
     }
 
     def shape(path: str) -> tuple[int, ...]:
@@ -270,26 +304,29 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: no model.safetensors (nor an index of shards); if the model has its weights only as pickle, {convert}"
 
 
-def save_pretrained(folder: Path, config: EncoderConfig, params: dict, *, mlm: bool = False, dtype: str = "float32") -> None:
+def save_pretrained(
+    folder: Path, config: EncoderConfig, params: dict, *, head: Literal["mlm", "classifier"] | None = None, dtype: str = "float32"
+) -> None:
     """Write config.json and model.safetensors that transformers loads without a missing or unexpected key.
 
-    A base model goes with its pooler if `params` has one (load it with `add_pooling_layer=False` if not); with `mlm` the
-    folder is one for AutoModelForMaskedLM, without pooler.
+    A base model goes with its pooler if `params` has one (load it with `add_pooling_layer=False` if not). With a `head` the
+    folder is one for AutoModelForMaskedLM (without pooler) or AutoModelForSequenceClassification (BERT's with its pooler).
 
     Raises:
-      ValueError: `mlm` without an MLM head in the parameters.
+      ValueError: the parameters of the head are not there.
     """
-    if mlm and "mlm" not in params:
-        raise ValueError("an MLM folder needs the parameters of an MLM head")
+    parts = {"embeddings", "layers"} | {"mlm": {"mlm"}, "classifier": {"classifier", "pooler"}, None: {"pooler"}}[head]
+    if head and head not in params:
+        raise ValueError(f"the parameters have no {head}")
     tensors = {}
-    for name, path in weight_names(config, base_prefix=f"{_PREFIX[config.family]}." if mlm else ""):
-        if path.startswith("pooler/") if mlm else path.startswith("mlm/"):
+    for name, path in weight_names(config, base_prefix=f"{_PREFIX[config.family]}." if head else ""):
+        if path.split("/")[0] not in parts or (config.family != "bert" and head and path.startswith("pooler/")):
             continue
         node = params
         for key in path.split("/"):
             node = node.get(key) if isinstance(node, dict) else None
         if node is None:
-            if path.startswith("pooler/") or path == "mlm/decoder":
+            if (path.startswith("pooler/") and head is None) or path == "mlm/decoder":
                 continue
             raise ValueError(f"the parameters lack {path}")
         value = np.asarray(node)
@@ -297,10 +334,14 @@ def save_pretrained(folder: Path, config: EncoderConfig, params: dict, *, mlm: b
         tensors[name] = np.ascontiguousarray(value.astype(_DTYPES[dtype]))
         if path == "mlm/bias" and "decoder" in params["mlm"]:
             tensors[name.removesuffix("bias") + "decoder.bias"] = tensors[name].copy()
-    family = _FAMILIES[config.family]
-    values = {"architectures": [f"{family}{'ForMaskedLM' if mlm else 'Model'}"], "model_type": config.family, "dtype": dtype}
+    kind = {"mlm": "ForMaskedLM", "classifier": _CLASSIFICATION, None: "Model"}[head]
+    values = {"architectures": [f"{_FAMILIES[config.family]}{kind}"], "model_type": config.family, "dtype": dtype}
     values |= {name: getattr(config, field) for name, (field, _) in _CONFIG_FIELDS.items()}
     values |= {"position_embedding_type": "absolute", "tie_word_embeddings": "decoder" not in params.get("mlm", {})}
+    if head == "classifier":
+        values |= {"id2label": {str(i): name for i, name in enumerate(config.labels)}}
+        values |= {"label2id": {name: i for i, name in enumerate(config.labels)}}
+        values |= {"problem_type": "regression" if len(config.labels) == 1 else "single_label_classification"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,5 +1,24 @@
 """Tasks of fine-tuning: what they are, how their rows are read, and how predictions are scored."""
 
 from jaxdistill.tasks.catalogue import GLUE, TASKS, Split, Task, find_tasks
+from jaxdistill.tasks.read import MissingSplit, Rows, read_split
+from jaxdistill.tasks.scores import reported, score, shown_scores
+from jaxdistill.tasks.tokens import TaskTokens, encode_rows, packed_batch, row_length
 
-__all__ = ["GLUE", "TASKS", "Split", "Task", "find_tasks"]
+__all__ = [
+    "GLUE",
+    "TASKS",
+    "MissingSplit",
+    "Rows",
+    "Split",
+    "Task",
+    "TaskTokens",
+    "encode_rows",
+    "find_tasks",
+    "packed_batch",
+    "read_split",
+    "reported",
+    "row_length",
+    "score",
+    "shown_scores",
+]

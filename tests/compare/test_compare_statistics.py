@@ -126,3 +126,9 @@ def test_a_run_that_diverged_is_left_out_and_named():
 def test_scores_that_nobody_wrote(tasks, message):
     with pytest.raises(InputError, match=message):
         read_cells({"tasks": tasks}, "x.json")
+
+
+def test_a_model_that_was_not_fine_tuned_here():
+    cells, notes = read_cells({"tasks": {"rte": task([{"seed": None, "scores": {"validation": {"accuracy": 0.7}}}])}}, "x.json")
+    assert cells[RTE].mean == 70.0 and cells[RTE].deviation is None
+    assert notes == ["RTE: scored as it is, not fine-tuned here"]

@@ -49,7 +49,7 @@ def refuses(path, message: str, load=load_pretrained) -> None:
 def test_own_round_trip(family, pooler, mlm, tmp_path):
     config = tiny_config(family)
     params = random_params(config, pooler=pooler, mlm=mlm)
-    save_pretrained(tmp_path, config, params, mlm=mlm)
+    save_pretrained(tmp_path, config, params, head="mlm" if mlm else None)
     loaded, arrays = load_pretrained(tmp_path)
     assert loaded == load_config(str(tmp_path)) == config
     assert all(isinstance(leaf, np.ndarray) and leaf.dtype == np.float32 for leaf in jax.tree.leaves(arrays))
@@ -145,7 +145,7 @@ def test_tied_decoder_written_twice(family, tmp_path):
 def test_untied_decoder(family, tmp_path):
     config = tiny_config(family)
     params = random_params(config, mlm=True, tied=False)
-    save_pretrained(tmp_path, config, params, mlm=True)
+    save_pretrained(tmp_path, config, params, head="mlm")
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
     assert same(load_pretrained(tmp_path)[1], params)
     # Untied in PyTorch, `cls.predictions.bias` is a leftover that no logit reads.
@@ -156,7 +156,7 @@ def test_untied_decoder(family, tmp_path):
 def test_every_name_is_a_parameter():
     config = tiny_config(num_layers=12)
     pairs = list(weight_names(config, base_prefix="bert."))
-    assert len(dict(pairs)) == len({path for _, path in pairs}) == 5 + 12 * 16 + 2 + 6
+    assert len(dict(pairs)) == len({path for _, path in pairs}) == 5 + 12 * 16 + 2 + 6 + 2
     assert dict(pairs)["bert.encoder.layer.0.attention.self.query.weight"] == "layers/01/query/kernel"
     assert dict(pairs)["bert.encoder.layer.11.output.LayerNorm.bias"] == "layers/12/output_norm/bias"
 
@@ -236,8 +236,8 @@ def test_truncated_weights(keep, tmp_path):
 
 def test_weight_without_a_place(tmp_path):
     write_model(tmp_path, tiny_config())
-    change_weights(tmp_path, lambda tensors: tensors.update({"classifier.weight": np.ones((2, 48), np.float32)}))
-    refuses(tmp_path, r"1 weights have no place in a bert encoder or MLM head, e\.g\. classifier\.weight")
+    change_weights(tmp_path, lambda tensors: tensors.update({"qa_outputs.weight": np.ones((2, 48), np.float32)}))
+    refuses(tmp_path, r"1 weights have no place in a bert encoder, MLM or classification head, e\.g\. qa_outputs\.weight")
 
 
 def test_layers_beyond_the_config(tmp_path):
@@ -349,8 +349,8 @@ def test_broken_index(text, tmp_path):
 def test_saving_what_is_not_there(tmp_path):
     config = tiny_config()
     params = random_params(config)
-    with pytest.raises(ValueError, match="needs the parameters of an MLM head"):
-        save_pretrained(tmp_path, config, params, mlm=True)
+    with pytest.raises(ValueError, match="have no mlm"):
+        save_pretrained(tmp_path, config, params, head="mlm")
     del params["layers"]["02"]["key"]["bias"]
     with pytest.raises(ValueError, match="lack layers/02/key/bias"):
         save_pretrained(tmp_path, config, params)

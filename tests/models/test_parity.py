@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny_models import tiny_config, tiny_rows, torch_model
 
-from jaxdistill.features import all_features
+from jaxdistill.features import Feature, all_features
 from jaxdistill.models import encode, forward, load_pretrained, mlm_logits
 
 pytestmark = pytest.mark.torch
@@ -84,3 +84,21 @@ def test_encode_without_token_types(family, tmp_path):
     output = encode(*load_pretrained(tmp_path), ids, mask)
     assert relative_error(output.hidden[2], reference) <= 1e-5
     assert sorted(output.hidden) == [0, 1, 2] and sorted(output.query) == sorted(output.key) == sorted(output.value) == [1, 2]
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
+def test_label_logits(family, num_labels, tmp_path):
+    import torch
+
+    config = tiny_config(family, num_layers=2, labels=("x",) * num_labels)
+    model = torch_model("AutoModelForSequenceClassification", config, seed=7)
+    model.save_pretrained(tmp_path)
+    config, params = load_pretrained(tmp_path)
+    assert len(config.labels) == num_labels
+    ids, mask = tiny_rows(config, ((0, 12), (0, 7), (0, 1)), 12, seed=4)
+    with torch.no_grad():
+        reference = model(torch.tensor(ids).long(), torch.tensor(mask)).logits
+    feature = Feature("label_logits", 2)
+    output = jax.jit(lambda *arrays: forward(config, *arrays, features=frozenset({feature})))(params, ids, mask)
+    assert output[feature].dtype == np.float32 and relative_error(output[feature], reference) <= 1e-5

@@ -53,10 +53,25 @@ def test_masked_language_model(family, tied, tmp_path):
         head = model.get_output_embeddings()
         (model.cls.predictions if family == "bert" else model.lm_head).bias.data.copy_(head.bias.data)
     model.save_pretrained(tmp_path / "theirs")
-    save_pretrained(tmp_path / "ours", *load_pretrained(tmp_path / "theirs"), mlm=True)
+    save_pretrained(tmp_path / "ours", *load_pretrained(tmp_path / "theirs"), head="mlm")
     again = load_in_torch("AutoModelForMaskedLM", tmp_path / "ours")
     assert_bit_equal(again, model)
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) is tied
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequence_classification(family, num_labels, tmp_path):
+    names = tuple(f"class {i}" for i in range(num_labels))
+    model = torch_model("AutoModelForSequenceClassification", tiny_config(family, labels=names), seed=3)
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = load_pretrained(tmp_path / "theirs")
+    assert config.labels == names
+    save_pretrained(tmp_path / "ours", config, params, head="classifier")
+    again = load_in_torch("AutoModelForSequenceClassification", tmp_path / "ours")
+    assert_bit_equal(again, model)
+    assert again.config.id2label == dict(enumerate(names)) and load_pretrained(tmp_path / "ours")[0] == config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
