@@ -52,7 +52,7 @@ def heat_map(content: Mapping[str, Any], *, digits: int = 2) -> str:
     if len(rows) != len(values) or any(len(row) != len(columns) for row in values):
         raise ValueError(f"{len(rows)} x {len(columns)} labels do not fit the values")
     said, many = len(columns) <= MOST_DIGITS, len(rows) * len(columns) > MOST_CELLS
-    wide, tall = (max(5, min(46, 720 // len(columns))), max(4, 560 // len(rows))) if many else (46, 28) if said else (20, 18)
+    wide, tall = (max(5, min(46, 720 // len(columns))), max(2, 560 // len(rows))) if many else (46, 28) if said else (20, 18)
     left = 40 + LETTER * max((len(short(row)) for row in rows), default=1)
     longest = max((len(short(column)) for column in columns), default=1)
     turned = longest * LETTER > wide - 4
