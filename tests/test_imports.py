@@ -12,7 +12,7 @@ FLOW = [
     ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"],
     ["flops", "metrics", "progress", "runtime"], ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"],
     ["export", "agreement", "recorder"], ["distill", "latency", "lost", "finetune"], ["evaluate"],
-    ["quickstart"], ["cli"],
+    ["quickstart"], ["compare"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {
     "flax": {"models"},
