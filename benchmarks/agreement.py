@@ -21,9 +21,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxdistill.agreement import explained_variance, linear_cka, similarity_agreement
 from jaxdistill.config import load_config
 from jaxdistill.data import Masking, TokenStore, held_out_rows, mask_tokens
-from jaxdistill.agreement import explained_variance, linear_cka, similarity_agreement
 from jaxdistill.features import Feature
 from jaxdistill.losses import relation_kl
 from jaxdistill.models import forward, load_pretrained, mlm_logits, with_mlm_head

@@ -137,7 +137,7 @@ def trained_cells(
         yield [{"seed": None, "scores": {split: trainer.scores(params, split)[0] for split in data.tests}}]
         return
     # Measured on a CPU: three seeds of one step take longer than three steps (docs/log.md); an accelerator is left idle by one.
-    together = config.seeds_together == "yes" or (config.seeds_together == "auto" and jax.default_backend() != "cpu")
+    together = jax.default_backend() != "cpu" if config.seeds_together == "auto" else config.seeds_together
     groups = seed_groups(cells, together)
     total = sum(trainer.num_steps(group[0]) for group in groups)
     with choose_progress(total, f"{model.name}: {data.task.title}", jax.process_index() == 0) as progress:

@@ -80,7 +80,7 @@ class EvaluationConfig(Section):
     data: str | None = None  # folder in the layout of the Hub's datasets; None: the Hub
     protocol: Protocol = Field(default_factory=lambda: Protocol.model_validate({}))
     train: bool = True  # False: score the classification head that the model has
-    seeds_together: Literal["auto", "yes", "no"] = "auto"  # auto: on an accelerator, not on a CPU
+    seeds_together: Literal["auto"] | bool = "auto"  # auto: on an accelerator, not on a CPU
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 elsewhere
     mesh: MeshConfig = MeshConfig()
     results: str = "results"  # folder of one JSON file a model
