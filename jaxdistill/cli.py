@@ -82,7 +82,7 @@ def inspect(
     student: Only = None,
     devices: Annotated[int | None, typer.Option(min=1, help="plan for this many devices; default: those here")] = None,
 ) -> None:
-    """The dry run: the resolved config, parameters, layers, shardings and cost. Reads no text (of a task the rows, where epochs count them), writes nothing."""
+    """The dry run: the resolved config, parameters, layers, shardings and cost. Reads no text (epochs count rows), writes nothing."""
     from rich.console import Console
     from rich.syntax import Syntax
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxdistill.shapes import Array, Float, Int, Num
 
 
-def _counted(logits: Float[Array, "B C"], mask: Num[Array, "B"]) -> Float[Array, "B C"]:
+def _counted(logits: Float[Array, "B C"], mask: Num[Array, " B"]) -> Float[Array, "B C"]:
     """In float32 and 0 in rows that do not count: before anything is computed, so that a NaN there never comes back in the gradient."""
     return jnp.where((mask != 0)[:, None], logits, 0).astype(jnp.float32)
 
@@ -16,7 +16,7 @@ def _counted(logits: Float[Array, "B C"], mask: Num[Array, "B"]) -> Float[Array,
 def label_kl(
     student_logits: Float[Array, "B C"],
     teacher_logits: Float[Array, "B C"],
-    mask: Num[Array, "B"],
+    mask: Num[Array, " B"],
     *,
     temperature: float | Float[Array, ""] = 1.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -39,7 +39,7 @@ def label_kl(
 
 
 def label_cross_entropy(
-    logits: Float[Array, "B C"], labels: Int[Array, "B"], mask: Num[Array, "B"]
+    logits: Float[Array, "B C"], labels: Int[Array, " B"], mask: Num[Array, " B"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross entropy of the examples' own labels: what fine-tuning minimises (Devlin et al. 2019, section 4.1).
 
@@ -60,7 +60,7 @@ def label_cross_entropy(
 
 
 def label_mse(
-    student_logits: Float[Array, "B C"], targets: Float[Array, "B C"], mask: Num[Array, "B"]
+    student_logits: Float[Array, "B C"], targets: Float[Array, "B C"], mask: Num[Array, " B"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Squared difference of the logits (Ba and Caruana 2014); of a regression, that of the values.
 
