@@ -212,13 +212,15 @@ def initial_params(
     without a decoder of its own: a student's is tied.
 
     A classification head (`classifier`, with the pooler that BERT's reads) starts at random: from the teacher wang2023 takes
-    embeddings and layers alone. A checkpoint's goes on, `own_head` has left it in where it is one for the same labels.
+    embeddings and layers alone. That of a checkpoint goes on, which `own_head` has left in where it is one for the same labels; a
+    pooler alone does not: an intermediate stage exports one that it has not trained.
     """
     params = init_params(config, key, mlm=mlm, classifier=classifier)
     source: dict = {}
     if checkpoint is not None:
         source = checkpoint
-        params |= {name: source[name] for name in ("embeddings", "layers", "pooler", "classifier") if name in params and name in source}
+        heads = {"pooler", "classifier"} & params.keys() & source.keys() if "classifier" in source else set()
+        params |= {name: source[name] for name in ("embeddings", "layers", *sorted(heads))}
     elif layers is not None:
         source = teacher_params
         copied = {layer_name(i): source["layers"][layer_name(n)] for i, n in enumerate(layers, 1)}

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_models import tiny_config, write_model
-from tiny_texts import BERT_SPECIAL, ROBERTA_SPECIAL, byte_level_bpe, make_texts, wordpiece, write_folder
+from tiny_tasks import write_rows
+from tiny_texts import BERT_SPECIAL, ROBERTA_SPECIAL, byte_level_bpe, wordpiece, write_folder
 
 from jaxdistill.config import TaskConfig, load_config
 from jaxdistill.data import RowSource, load_tokenizer
@@ -17,17 +17,6 @@ from jaxdistill.resolve import resolve_stages
 from jaxdistill.tasks import TASKS, TaskTokens, encode_rows, find_task, label_names, num_training_rows, open_task, read_split
 
 LENGTH = 24
-
-
-def write_rows(data: Path, task: str, split: str, count: int, seed: int = 0) -> None:
-    """data/glue/<task>/<split>.jsonl, labels in turn."""
-    own = TASKS[task]
-    columns = [make_texts(count, seed=10 * seed + i, longest=14) for i in range(len(own.columns))]
-    labels = [i % own.num_labels if own.labels else (i % 11) / 2 for i in range(count)]
-    rows = [dict(zip((*own.columns, "label"), row, strict=True)) for row in zip(*columns, labels, strict=True)]
-    folder = data / "glue" / task
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
