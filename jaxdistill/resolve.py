@@ -91,7 +91,7 @@ def resolve_stages(config: Config, *, num_devices: int | None = None) -> tuple[R
     Raises:
       InputError: one line that names the field and what would be right.
     """
-    config = _in_steps(_absolute_output(config))
+    config = in_steps(_absolute_output(config))
     runs: list[Run] = []
     planned: dict[str, Model] = {}
     for stage in stages_of(config):
@@ -228,7 +228,7 @@ def _masking(config: Config, students: list[Student], tokenizer: TextTokenizer) 
     return Masking(config.masking.rate, config.masking.mask, config.masking.random, tokenizer.mask_id, special, tokenizer.vocab_size)
 
 
-def _in_steps(config: Config) -> Config:
+def in_steps(config: Config) -> Config:
     """The config with steps in place of epochs, of the run and of every stage: as many as see each of a task's rows so often.
 
     Raises:

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 LENGTH, TRAIN, DEV = 24, 42, 13  # one row in three is cut, and the batch of an evaluation is filled up
 KINDS = {"bert": (wordpiece, BERT_SPECIAL), "roberta": (byte_level_bpe, ROBERTA_SPECIAL)}
 LABELS = [{"kind": "label_kl", "temperature": 2.0}, {"kind": "label_cross_entropy", "weight": 0.5}, {"kind": "label_mse", "weight": 0.1}]
-STUDENTS = {"copied": {"num_layers": 2, "initialise": [2, 4]}, "vanilla": {"num_layers": 2, "initialise": "first_k"}}
+STUDENTS = {"copied": {"num_layers": 1, "initialise": [3]}, "vanilla": {"num_layers": 1, "initialise": "first_k"}}
 STAGES = {
-    "intermediate": {"students": ["copied"], "objective": ["attention_kl", "hidden_mse"], "training": {"epochs": 1.4}},
+    "intermediate": {"students": ["copied"], "objective": ["attention_kl"], "training": {"epochs": 1.4}},
     "prediction": {"objective": LABELS},
 }
 
@@ -46,14 +46,14 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """(family, task) -> a folder of 4 layers with the head of the task; the task "" has none, "mlm" has one for words."""
+    """(family, task) -> a folder of 3 layers with the head of the task; the task "" has none, "mlm" has one for words."""
     root, found = tmp_path_factory.mktemp("teachers"), {}
     for family, task in (("bert", "rte"), ("bert", "stsb"), ("roberta", "rte"), ("bert", ""), ("bert", "mnli"), ("bert", "mlm")):
         make, special = KINDS[family]
         backend = make()
         labels = label_names(TASKS[task]) if task in TASKS else ()
         found[family, task] = write_folder(root / f"{family}-{task or 'base'}", backend, special)
-        config = tiny_config(family, vocab_size=backend.get_vocab_size(), num_layers=4, max_position_embeddings=64, labels=labels)
+        config = tiny_config(family, vocab_size=backend.get_vocab_size(), num_layers=3, max_position_embeddings=64, labels=labels)
         write_model(found[family, task], config, pooler=family == "bert", mlm=task == "mlm")
     return found
 
@@ -265,7 +265,7 @@ def test_a_student_teaches_the_next(make, tmp_path):
         "last": {"teacher": {"student": "assistant"}, "students": ["vanilla"], "objective": ["label_kl"]},
     }
     students = {"vanilla": {"num_layers": 1}}
-    first, last = resolve_stages(load_config(make(tmp_path / "run", tuned_on="", stages=stages, students=students)), num_devices=1)
+    first, last = resolve_stages(load_config(make(tmp_path / "run", tuned_on="", stages=stages, students=students)))
     assert first.teacher_features == frozenset() and last.teacher_features == {Feature("label_logits", 2)}
     assert last.teacher.labels == last.students[0].config.labels == ("entailment", "not_entailment")
 
@@ -285,7 +285,7 @@ def test_inspect_and_what_a_run_says(make, tmp_path, cli):
     assert code == 0 and not (tmp_path / "run").exists(), err
     shown = " ".join(out.split())
     assert "head (M)" in shown and "label_cross_entropy" in shown and "classifier/output/kernel" in shown
-    run = resolve_stages(load_config(path), num_devices=1)[-1]
+    run = resolve_stages(load_config(path))[-1]
     from jaxdistill.distill import describe
 
     lines = list(describe(run, load_pretrained(run.teacher_folder)[1], goes_on=False))
