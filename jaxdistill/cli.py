@@ -97,6 +97,39 @@ def inspect(
         console.print(inspection(run))
 
 
+Words = Annotated[list[str], typer.Argument(metavar="MODEL... [KEY=VALUE]...", help="folders, Hub ids, NAME=PATH, runs; or a YAML config")]
+
+
+@app.command()
+def finetune(words: Words, overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a model that is there")] = False) -> None:
+    """Fine-tune one model on one task and write it for AutoModelForSequenceClassification.
+
+    tasks=rte output=FOLDER data=FOLDER protocol=wang2023 protocol.learning_rates=[3e-5]
+    """
+    from jaxdistill.config import load_evaluation
+    from jaxdistill.finetune import finetune as run
+    from jaxdistill.runtime import configure
+
+    configure()
+    run(load_evaluation(words), overwrite=overwrite)
+
+
+@app.command()
+def evaluate(
+    words: Words, overwrite: Annotated[bool, typer.Option("--overwrite", help="forget the scores that are there")] = False
+) -> None:
+    """Score models on tasks (GLUE, XNLI, SNLI): fine-tune each with several seeds. Goes on with what is not done yet.
+
+    tasks=rte,mrpc data=FOLDER protocol=udagawa2023 protocol.epochs=3 results=results train=false
+    """
+    from jaxdistill.config import load_evaluation
+    from jaxdistill.evaluate import evaluate as run
+    from jaxdistill.runtime import configure
+
+    configure()
+    run(load_evaluation(words), overwrite=overwrite)
+
+
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run")],
@@ -111,6 +144,42 @@ def export(
 
     for folder in export_checkpoint(Path(run), student=student, step=step, dtype=dtype, to=to and Path(to), overwrite=overwrite):
         print(folder)
+
+
+@app.command()
+def latency(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folder, Hub id, NAME=either, or a run: all its students")],
+    batch_size: Annotated[list[int] | None, typer.Option(help="may be given again; default: 1 and 32")] = None,
+    length: Annotated[int, typer.Option(help="tokens of an example")] = 128,
+    repeats: Annotated[int, typer.Option(help="runs of at least 0.2 s each")] = 5,
+    framework: Annotated[list[str] | None, typer.Option(help="jax or pytorch; default: both, where PyTorch is installed")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    results: Annotated[str, typer.Option(help="folder of the models' results")] = "results",
+) -> None:
+    """Time the forward pass of models, one example and batches; speed is relative to the first one."""
+    from jaxdistill.latency import latency as measure
+
+    sizes = {"batch_sizes": batch_size or [1, 32], "length": length, "repeats": repeats}
+    measure(models, **sizes, frameworks=framework or [], dtype=dtype, results=results)
+
+
+@app.command()
+def lost(
+    student: Annotated[str, typer.Argument(metavar="STUDENT|RUN", help="folder, Hub id, NAME=either, or a run: all its students")],
+    teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: the run's")] = None,
+    text: Annotated[str | None, typer.Option(help="file, folder or glob; default: held-out text of the run, or the sample")] = None,
+    column: Annotated[str, typer.Option(help="of --text, where it is parquet or jsonl")] = "text",
+    language_column: Annotated[str | None, typer.Option(help="names the language of a text: numbers for each")] = None,
+    rows: Annotated[int, typer.Option(help="paragraphs to compare on, at most")] = 256,
+    length: Annotated[int, typer.Option(help="tokens of a paragraph, at most")] = 128,
+    results: Annotated[str, typer.Option(help="folder of the models' results")] = "results",
+    output: Annotated[str | None, typer.Option(help="folder for the heat maps; default: RESULTS/lost")] = None,
+) -> None:
+    """Show what a student lost: layers, relations, attention heads and words, by length and language."""
+    from jaxdistill.lost import lost as compare
+
+    source = {"text": text, "column": column, "language_column": language_column, "rows": rows, "length": length}
+    compare(student, teacher=teacher, **source, results=results, output=output)
 
 
 def _version(value: bool | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,43 @@ def _distilled(config: dict, student: str) -> dict[str, Any] | None:
         "stages": list(stages),
         "tokens": (steps or 0) * (training.get("batch_size") or 0) * (data.get("sequence_length") or 0),
     }
+
+
+def find_models(arguments: Iterable[str]) -> dict[str, str]:
+    """Name -> folder or Hub id of the models that a command was given, each checked to be there.
+
+    An argument is a model folder, a Hub id, NAME=one of the two, or the folder of a run: then every student in RUN/export.
+
+    Raises:
+      InputError: no such model, a run without exports, NAME= of several students, or one name for two models.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        name, separator, path = argument.partition("=")
+        if not separator or Path(argument).expanduser().is_dir():  # a folder's own name may hold the sign
+            name, path = "", argument
+        models = _exports(find_model(path)) or {_own_name(path): path}
+        if name and len(models) > 1:
+            raise InputError(f"{argument}: {path} is a run of {len(models)} students; name one of them, as in NAME={models.popitem()[1]}")
+        for own, place in models.items():
+            if (name or own) in found:
+                raise InputError(f"{place}: there is a model {name or own!r} already ({found[name or own]}); name one by NAME={place}")
+            found[name or own] = place
+    return found
+
+
+def _own_name(path: str) -> str:
+    return model_name(os.path.abspath(path)) if Path(path).expanduser().is_dir() else model_name(path)
+
+
+def _exports(folder: Path) -> dict[str, str]:
+    """The students that a run has exported; of a folder that is no run, nothing."""
+    if not (folder / "config.yaml").is_file():
+        return {}
+    places = sorted(place for place in folder.glob("export/*") if (place / "config.json").is_file() and not place.name.startswith("."))
+    if not places:
+        raise InputError(f"{folder}: a run without exported students; jaxdistill export {folder} writes them")
+    return {place.name: str(place) for place in places}
 
 
 def model_name(path_or_hub_id: str | Path) -> str:

@@ -82,3 +82,8 @@ def tree_shardings(tree, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch [A, B, S]: micro-batches one after the other, rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(None, LOGICAL_TO_MESH["batch"]))
+
+
+def rows_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Of rows [R, S]: over the data and fsdp axes; with `leading` axes before them, which stay whole."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, LOGICAL_TO_MESH["batch"]))

@@ -1,5 +1,6 @@
 """What a run is made of, and how it is read."""
 
+from jaxdistill.config.evaluation import PROTOCOLS, EvaluationConfig, Protocol, load_evaluation
 from jaxdistill.config.load import load_config, select_students
 from jaxdistill.config.sections import (
     CheckpointConfig,
@@ -37,12 +38,14 @@ from jaxdistill.config.terms import (
 )
 
 __all__ = [
+    "PROTOCOLS",
     "AttentionKL",
     "AttentionMSE",
     "CheckpointConfig",
     "Config",
     "DataConfig",
     "DirectMSE",
+    "EvaluationConfig",
     "ExportConfig",
     "HiddenContrastive",
     "HiddenCosine",
@@ -57,6 +60,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputKL",
     "PreviousStudent",
+    "Protocol",
     "RelationKL",
     "RelationMSE",
     "Schedule",
@@ -68,5 +72,6 @@ __all__ = [
     "TrainingConfig",
     "changed",
     "load_config",
+    "load_evaluation",
     "select_students",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
@@ -17,6 +18,8 @@ from jaxdistill.config import sections, terms
 from jaxdistill.config.sections import Config, PreviousStudent, StageConfig
 from jaxdistill.config.terms import KINDS, Section
 from jaxdistill.errors import InputError, nearest
+
+Model = TypeVar("Model", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -117,10 +120,10 @@ def _merged(values: Mapping, fields: Mapping) -> dict:
     return {**values, **fields, **{key: _merged(values[key], fields[key]) for key in sections}}
 
 
-def _section_at(location: Sequence[str | int]) -> type[Section]:
-    """The section at this place of the config; names of terms stand in the place as pydantic puts them there."""
-    known = {name: kind for module in (sections, terms) for name, kind in vars(module).items() if isinstance(kind, type)}
-    model: type[Section] = Config
+def _section_at(location: Sequence[str | int], model: type[Section]) -> type[Section]:
+    """The section at this place of a config; names of terms stand in the place as pydantic puts them there."""
+    modules = (sections, terms, sys.modules[model.__module__])
+    known = {name: kind for module in modules for name, kind in vars(module).items() if isinstance(kind, type)}
     for key in location:
         if key in KINDS:
             model = KINDS[str(key)]
@@ -148,13 +151,13 @@ def _path(location: Sequence[str | int]) -> str:
     return ".".join(part for part in parts if part != "[key]")
 
 
-def _one_line(error: pydantic.ValidationError) -> str:
+def _one_line(error: pydantic.ValidationError, model: type[Section]) -> str:
     problems = error.errors()
     # An unknown key often explains the others (a missing one beside it): say it first.
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     path = _path(first["loc"])
     if first["type"] == "extra_forbidden":
-        message = f"unknown field{nearest(str(first['loc'][-1]), list(_section_at(first['loc'][:-1]).model_fields))}"
+        message = f"unknown field{nearest(str(first['loc'][-1]), list(_section_at(first['loc'][:-1], model).model_fields))}"
     elif first["type"] == "union_tag_invalid":
         kind = first["ctx"]["tag"]
         path, message = f"{path}.kind", f"unknown term {kind!r}{nearest(kind, KINDS)}"
@@ -253,7 +256,12 @@ def load_config(config: Config | Mapping | str | Path | None = None, overrides: 
         values = apply_overrides(values, [override for override in overrides if override not in to_grid])
     except InputError as error:
         raise InputError(f"{where}{error}" if str(error).startswith("grid") else str(error)) from None
+    return validated(Config, values, where)
+
+
+def validated(model: type[Model], values: Mapping, where: str = "") -> Model:
+    """Raises InputError, one line that names the field."""
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except pydantic.ValidationError as error:
-        raise InputError(where + _one_line(error)) from None
+        raise InputError(where + _one_line(error, model)) from None

@@ -310,6 +310,8 @@ def _from_shorthand(value: Any) -> Any:
 
 
 Term = Annotated[Union[_CLASSES], Field(discriminator="kind"), BeforeValidator(_from_shorthand)]  # noqa: UP007
+
+
 def _as_terms(value: Any) -> Any:
     """One term alone is an objective as well."""
     return (value,) if isinstance(value, (str, dict)) else value

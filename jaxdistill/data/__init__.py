@@ -5,7 +5,7 @@ from jaxdistill.data.order import RowOrder
 from jaxdistill.data.prepare import is_held_out, prepare
 from jaxdistill.data.reader import Batch, RowSource, TokenStore, batches, held_out_rows
 from jaxdistill.data.rows import pack_documents
-from jaxdistill.data.sources import DocumentCounts, read_documents, source_fingerprint
+from jaxdistill.data.sources import DocumentCounts, read_documents, read_labelled, source_fingerprint
 from jaxdistill.data.tokenizer import TextTokenizer, check_tokenizer, load_tokenizer, save_tokenizer
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "pack_documents",
     "prepare",
     "read_documents",
+    "read_labelled",
     "save_tokenizer",
     "source_fingerprint",
 ]

@@ -93,6 +93,25 @@ def read_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[str
         yield text
 
 
+def read_labelled(source: SourceConfig, label_column: str) -> Iterator[tuple[str, str]]:
+    """(label, document) of each row that holds text, in the order of `read_documents`; a row without a label has the label "-".
+
+    Raises:
+      InputError: as `read_documents`, or a text file, which has no columns.
+    """
+    for _, path in local_files(source) if source.path is not None else []:
+        if (file_format(path) if source.format == "auto" else source.format) == "text":
+            raise InputError(f"{path}: a text file has no column {label_column!r}; parquet and jsonl have columns")
+
+    def column(name: str) -> Iterator[Document]:
+        own = source.model_copy(update={"column": name})
+        return _local_documents(own, DocumentCounts()) if source.path is not None else _hub_documents(own)
+
+    for (text, _), (label, _) in zip(column(source.column), column(label_column), strict=True):
+        if text and not text.isspace():
+            yield label or "-", text
+
+
 def _local_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[Document]:
     for _, path in local_files(source):
         kind = file_format(path) if source.format == "auto" else source.format
