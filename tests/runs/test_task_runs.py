@@ -48,7 +48,7 @@ def data(tmp_path_factory) -> Path:
 def teachers(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """(family, task) -> a folder of 3 layers with the head of the task; the task "" has none, "mlm" has one for words."""
     root, found = tmp_path_factory.mktemp("teachers"), {}
-    for family, task in (("bert", "rte"), ("bert", "stsb"), ("roberta", "rte"), ("bert", ""), ("bert", "mnli"), ("bert", "mlm")):
+    for family, task in (("bert", "rte"), ("bert", "stsb"), ("roberta", "stsb"), ("bert", ""), ("bert", "mnli"), ("bert", "mlm")):
         make, special = KINDS[family]
         backend = make()
         labels = label_names(TASKS[task]) if task in TASKS else ()
@@ -142,25 +142,29 @@ def test_the_head_is_the_students_own_and_trained(done, teachers):
             assert np.abs(own[head[0]][head[1]]["bias"]).max() > 1e-4  # it began at zero
 
 
+@pytest.fixture(scope="module")
+def regression(make, tmp_path_factory):
+    """STS-B with RoBERTa, labels alone."""
+    objective = ["label_mse", {"kind": "label_cross_entropy", "weight": 0.5}]
+    changes = {"stages": {}, "objective": objective, "students": {"copied": STUDENTS["copied"]}, "training__steps": 2}
+    return jaxdistill.distill(make(tmp_path_factory.mktemp("stsb") / "run", "roberta", "stsb", **changes, training__epochs=None))
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_transformers_predicts_what_we_predict(done, make, data, teachers, family, tmp_path):
+@pytest.mark.parametrize(("family", "task"), [("bert", "rte"), ("roberta", "stsb")])
+def test_transformers_predicts_what_we_predict(request, data, teachers, family, task):
     import torch
     import transformers
 
-    if family == "roberta":
-        done = jaxdistill.distill(
-            make(tmp_path / "run", family, **ALONE, students={"copied": STUDENTS["copied"]}, training__steps=2, training__epochs=None)
-        )
-    folder = done.exports["copied"]
+    folder = request.getfixturevalue("done" if task == "rte" else "regression").exports["copied"]
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    batch = rows_of(data, teachers[family, "rte"], family).read_batch("held_out", np.arange(DEV))
+    batch = rows_of(data, teachers[family, task], family, task).read_batch("held_out", np.arange(DEV))
     types = {"token_type_ids": torch.tensor(batch["token_type_ids"], dtype=torch.long)} if family == "bert" else {}
     with torch.no_grad():
         ids, mask = (torch.tensor(batch[name], dtype=torch.long) for name in ("input_ids", "attention_mask"))
         theirs = model.eval()(input_ids=ids, attention_mask=mask, **types).logits.numpy()
-    assert theirs.shape == (DEV, 2)
+    assert theirs.shape == (DEV, TASKS[task].num_labels) and np.ptp(theirs, axis=0).min() > 1e-3
     np.testing.assert_allclose(logits_of(folder, batch), theirs, atol=1e-5)
 
 
@@ -237,25 +241,17 @@ def test_alone_in_micro_batches_is_as_beside_others(done, make, tmp_path):
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
 
 
-def test_a_regression(make, data, teachers, tmp_path):
-    """STS-B: squared errors of the teacher's value and of the label, one output."""
-    objective = ["label_mse", {"kind": "label_cross_entropy", "weight": 0.5}]
-    changes = {
-        "stages": {},
-        "objective": objective,
-        "students": {"copied": STUDENTS["copied"]},
-        "training__steps": 2,
-        "training__epochs": None,
-    }
-    done = jaxdistill.distill(make(tmp_path / "run", task="stsb", **changes))
-    values = json.loads((done.exports["copied"] / "config.json").read_text())
+def test_a_regression(regression, data, teachers):
+    """Squared errors of the teacher's value and of the label, one output."""
+    folder = regression.exports["copied"]
+    values = json.loads((folder / "config.json").read_text())
     assert (values["problem_type"], values["id2label"]) == ("regression", {"0": "score"})
-    batch = rows_of(data, teachers["bert", "stsb"], task="stsb").read_batch("held_out", np.arange(DEV))
-    ours, theirs = (logits_of(folder, batch)[:, 0] for folder in (done.exports["copied"], teachers["bert", "stsb"]))
-    last = records(done.output)[-1]
+    batch = rows_of(data, teachers["roberta", "stsb"], "roberta", "stsb").read_batch("held_out", np.arange(DEV))
+    ours, theirs = (logits_of(model, batch)[:, 0] for model in (folder, teachers["roberta", "stsb"]))
+    last = records(regression.output)[-1]
     assert last["copied/held_out/label_mse"] == pytest.approx(np.mean((ours - theirs) ** 2), rel=1e-4)
     assert last["copied/held_out/label_cross_entropy"] == pytest.approx(np.mean((ours - batch["labels"]) ** 2), rel=1e-4)
-    assert "its outputs are one number" in (done.exports["copied"] / "README.md").read_text()
+    assert "its outputs are one number" in (folder / "README.md").read_text()
 
 
 def test_a_student_teaches_the_next(make, tmp_path):
