@@ -147,6 +147,28 @@ def export(
 
 
 @app.command()
+def compare(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="results (folder or file), a run, a model folder, udagawa2023[:3L], wang2023")
+    ],
+    output: Annotated[str, typer.Option(help="folder for comparison.md, comparison.csv and index.html")] = "comparison",
+    results: Annotated[str, typer.Option(help="folder where the scores of runs and model folders are looked up")] = "results",
+    reference: Annotated[str | None, typer.Option(help="model to test against; default: the one with the most parameters")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a comparison that is there")] = False,
+) -> None:
+    """Models side by side and beside published tables: scores with significance, speed, size, as a page to look at."""
+    from jaxdistill.compare import compare as run
+    from jaxdistill.compare import main_table
+    from jaxdistill.report import print_table, summary_table
+
+    folder = Path(output)
+    board = run(inputs, output=folder, results=Path(results), reference=reference, overwrite=overwrite)
+    table = main_table(board)
+    print_table(summary_table(table.rows, table.columns, table.title))
+    print(f"to look at: {folder / 'index.html'}")
+
+
+@app.command()
 def latency(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folder, Hub id, NAME=either, or a run: all its students")],
     batch_size: Annotated[list[int] | None, typer.Option(help="may be given again; default: 1 and 32")] = None,
@@ -168,7 +190,7 @@ def lost(
     student: Annotated[str, typer.Argument(metavar="STUDENT|RUN", help="folder, Hub id, NAME=either, or a run: all its students")],
     teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: the run's")] = None,
     text: Annotated[str | None, typer.Option(help="file, folder or glob; default: held-out text of the run, or the sample")] = None,
-    column: Annotated[str, typer.Option(help="of --text, where it is parquet or jsonl")] = "text",
+    column: Annotated[str | None, typer.Option(help="of --text, where it is parquet or jsonl; default: text")] = None,
     language_column: Annotated[str | None, typer.Option(help="names the language of a text: numbers for each")] = None,
     rows: Annotated[int, typer.Option(help="paragraphs to compare on, at most")] = 256,
     length: Annotated[int, typer.Option(help="tokens of a paragraph, at most")] = 128,
