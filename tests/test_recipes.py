@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
+from task_folders import write_task
 from tiny_models import tiny_config, write_model
-from tiny_tasks import write_rows
 from tiny_texts import BERT_SPECIAL, ROBERTA_SPECIAL, byte_level_bpe, make_texts, unigram, wordpiece, write_folder
 
 import jaxdistill
@@ -102,7 +102,7 @@ def as_many(tmp_path_factory) -> Path:
     """As many training rows as the tasks have."""
     folder = tmp_path_factory.mktemp("as_many")
     for task, count in ROWS.items():
-        write_rows(folder, task, "train", count, longest=1)
+        write_task(folder, task, train=count, test=1, longest=1)
     return folder
 
 
@@ -217,8 +217,7 @@ def source(tmp_path_factory) -> SourceConfig:
 def rows(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     for task in ROWS:
-        write_rows(folder, task, "train", 30)
-        write_rows(folder, task, "validation", 6, seed=1)
+        write_task(folder, task, train=30, test=6)
     return folder
 
 

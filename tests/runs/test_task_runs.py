@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from task_folders import task_columns, write_split, write_task
 from tiny_models import tiny_config, write_model
-from tiny_tasks import write_rows
 from tiny_texts import BERT_SPECIAL, ROBERTA_SPECIAL, byte_level_bpe, wordpiece, write_folder
 
 import jaxdistill
@@ -39,8 +39,7 @@ STAGES = {
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("glue")
     for task in ("rte", "sst2", "stsb"):
-        write_rows(folder, task, "train", TRAIN)
-        write_rows(folder, task, "validation", DEV, seed=1)
+        write_task(folder, task, train=TRAIN, test=DEV, longest=14)
     return folder
 
 
@@ -224,8 +223,8 @@ def test_rows_that_changed_are_not_gone_on_with(done, data, tmp_path, cli):
     moved = Path(shutil.copytree(data, tmp_path / "glue"))
     shutil.rmtree(folder / "export")
     assert cli("distill", folder, f"data.task.data={moved}")[0] == 0  # the same rows elsewhere
-    lines = (moved / "glue" / "rte" / "train.jsonl").read_text().replace('"label": 0', '"label": 1')
-    (moved / "glue" / "rte" / "train.jsonl").write_text(lines)
+    columns = task_columns("rte", TRAIN, 1, 14)
+    write_split(moved / "rte", "train", columns | {"label": [1 - columns["label"][0], *columns["label"][1:]]})  # one label
     code, _, err = cli("distill", folder, f"data.task.data={moved}")
     assert code == 2 and "error: data.task: its rows or the tokenizer changed since the run in" in err
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from task_folders import task_columns, write_split, write_task
 from tiny_models import tiny_config, write_model
-from tiny_tasks import write_rows
 from tiny_texts import BERT_SPECIAL, ROBERTA_SPECIAL, byte_level_bpe, wordpiece, write_folder
 
 from jaxdistill.config import TaskConfig, load_config
@@ -23,8 +23,7 @@ LENGTH = 24
 def data(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tasks")
     for task in ("rte", "sst2", "stsb"):
-        write_rows(folder, task, "train", 30)
-        write_rows(folder, task, "validation", 7, seed=1)
+        write_task(folder, task, train=30, test=7, longest=14)
     return str(folder)
 
 
@@ -109,7 +108,7 @@ def test_what_cannot_be_read(data, tokenizers, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             open_one(**{"data": data, "tokenizers": tokenizers} | fields)
-    write_rows(tmp_path, "rte", "train", 3)
+    write_split(tmp_path / "rte", "train", task_columns("rte", 3))
     with pytest.raises(InputError, match=r"^data\.task\.data: .*no split 'validation' of rte"):
         open_one(str(tmp_path), tokenizers)
     assert num_training_rows(TaskConfig(name="rte", data=str(tmp_path))) == 3
