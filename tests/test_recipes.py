@@ -46,7 +46,7 @@ STEPPING: dict[str, list[str]] = {
     "comparison_3x384": ["distilbert", "3L.attention_kl"],
     "udagawa2023_monolingual": ["3L.hs-last", "3L.hs-uniform", "3L.minilmv2-last", "3L.minilmv2-minus_1", "3L.direct-last"],
     "udagawa2023_multilingual": ["3L.hs-uniform_consecutive", "3L.minilmv2-minus_2", "3L.direct-minus_[12]"],
-    "wang2023_task_specific": ["hid-cls-contrast.1-2-3", "att-kl.1-2-3"],
+    "wang2023_task_specific": ["hid-cls-contrast.1-2-3"],
     "whatslost2023": ["516D"],
     "wang2023_task_agnostic": ["vanilla-kd.random", "hid-cls.first-6", "att-mse_hid-seq.random", "att-kl_val-kl.random"],
 }
