@@ -1,4 +1,4 @@
-"""Batches on the devices: rows of the token store, placed by the mesh, each process reading only its own."""
+"""Batches on the devices: rows of the token store or of a task, placed by the mesh, each process reading only its own."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxdistill.data import RowOrder, TokenStore, batches, held_out_rows
+from jaxdistill.data import RowOrder, RowSource, batches, held_out_rows
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import batch_sharding
 
-_FIELDS = ("input_ids", "segment_ids")  # the attention mask follows from the segments: 0 is padding
+_FIELDS = ("input_ids", "segment_ids", "token_type_ids", "labels")  # the attention mask follows from the segments: 0 is padding
 
 
-def training_batches(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, start_step: int) -> Iterator[dict[str, jax.Array]]:
+def training_batches(run: Run, store: RowSource, mesh: jax.sharding.Mesh, start_step: int) -> Iterator[dict[str, jax.Array]]:
     """Batches [A, B, S] from `start_step` to the last: pure functions of (seed, step), equal on any number of processes."""
     training = run.config.training
-    weights = [source.weight for source in run.config.data.sources]
-    order = RowOrder(store.source_rows("train"), None if None in weights else weights, training.seed)
+    weights = [source.weight for source in run.config.data.sources or ()]
+    order = RowOrder(store.source_rows("train"), weights if weights and None not in weights else None, training.seed)
     rows = _own_rows(mesh, training.micro_batches, training.batch_size // training.micro_batches)
     steps = batches(store, order, batch_size=training.batch_size, start_step=start_step, num_steps=training.steps - start_step, rows=rows)
     for batch in steps:
-        yield _place(mesh, {name: batch[name] for name in _FIELDS}, training.micro_batches, training.batch_size)
+        yield _place(mesh, {name: batch[name] for name in _FIELDS if name in batch}, training.micro_batches, training.batch_size)
 
 
-def evaluation_batches(run: Run, store: TokenStore, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
+def evaluation_batches(run: Run, store: RowSource, mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
     """The same held-out rows every time, in batches of the training's shape; what is missing in the last is padding."""
     training = run.config.training
     chosen = held_out_rows(store, training.evaluate_rows)
@@ -34,7 +34,7 @@ def evaluation_batches(run: Run, store: TokenStore, mesh: jax.sharding.Mesh) -> 
         numbers = chosen[start : start + training.batch_size]
         batch = store.read_batch("held_out", numbers)
         missing = training.batch_size - len(numbers)
-        fields = {name: np.pad(batch[name], ((0, missing), (0, 0)))[own] for name in _FIELDS}
+        fields = {name: np.pad(batch[name], [(0, missing)] + [(0, 0)] * (batch[name].ndim - 1))[own] for name in _FIELDS if name in batch}
         yield _place(mesh, fields, training.micro_batches, training.batch_size)
 
 
@@ -48,8 +48,8 @@ def _own_rows(mesh: jax.sharding.Mesh, num_micro: int, num_rows: int) -> np.ndar
 
 def _place(mesh: jax.sharding.Mesh, fields: dict[str, np.ndarray], num_micro: int, batch_size: int) -> dict[str, jax.Array]:
     def place(rows: np.ndarray) -> jax.Array:
-        local = rows.reshape(num_micro, -1, rows.shape[-1])
-        shape = (num_micro, batch_size // num_micro, rows.shape[-1])
+        local = rows.reshape(num_micro, -1, *rows.shape[1:])
+        shape = (num_micro, batch_size // num_micro, *rows.shape[1:])
         return jax.make_array_from_process_local_data(batch_sharding(mesh), local, shape)
 
     return {name: place(rows) for name, rows in fields.items()}

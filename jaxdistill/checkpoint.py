@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from jaxdistill.config import Config
 from jaxdistill.config import load_config as read_config
-from jaxdistill.data import TokenStore
+from jaxdistill.data import RowSource
 from jaxdistill.errors import InputError
 from jaxdistill.models import weights_sha256
 from jaxdistill.resolve import Run
@@ -30,9 +30,9 @@ RUN_FILES = frozenset(
 # Fields that may change between the parts of a run: they change neither the batches nor, beyond rounding, the numbers.
 # The weights of the teacher and the text are compared by content, so both may move.
 FREE_FIELDS = frozenset(
-    "output teacher teacher_name mesh export data.store data.tokenizer data.sources.*.path training.micro_batches training.freeze_after "
-    "training.log_every training.evaluate_every training.evaluate_rows training.checkpoint_every training.keep_checkpoints "
-    "training.tensorboard training.wandb".split()
+    "output teacher teacher_name mesh export data.store data.tokenizer data.sources.*.path data.task.data training.micro_batches "
+    "training.freeze_after training.log_every training.evaluate_every training.evaluate_rows training.checkpoint_every "
+    "training.keep_checkpoints training.tensorboard training.wandb".split()
 )
 
 _FREE_CHECKPOINT = re.compile(r"(stages\.[^.]+\.)?students\..+\.initialise\.checkpoint")  # read once, at the start
@@ -149,7 +149,7 @@ def check_teacher(run: Run, identity: dict[str, str]) -> None:
         raise InputError(f"teacher: its weights changed since the run in {run.output} began; give a new output folder, or --overwrite")
 
 
-def run_identity(run: Run, store: TokenStore) -> dict[str, str]:
+def run_identity(run: Run, store: RowSource) -> dict[str, str]:
     """Hashes of what a run learns from, wherever it lies."""
     return {"teacher": weights_sha256(run.teacher_folder), "data": store.fingerprint}
 

@@ -62,6 +62,8 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from jaxdistill.resolve import resolve
 
     run = resolve(_config(config, [*(overrides or []), "mesh={}"]), num_devices=1)
+    if run.task:
+        raise InputError("data.task: a task is read when the run starts, there is nothing to prepare")
     with preparing("Preparing text") as progress:
         store = make(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=progress)
     columns = ("source", "documents", "held out", "tokens", "rows", "skipped", "invalid UTF-8")
@@ -80,7 +82,7 @@ def inspect(
     student: Only = None,
     devices: Annotated[int | None, typer.Option(min=1, help="plan for this many devices; default: those here")] = None,
 ) -> None:
-    """The dry run: the resolved config, parameters, layers, shardings and cost. Reads no text, writes nothing."""
+    """The dry run: the resolved config, parameters, layers, shardings and cost. Reads no text (epochs count rows), writes nothing."""
     from rich.console import Console
     from rich.syntax import Syntax
 

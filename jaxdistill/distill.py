@@ -30,7 +30,7 @@ from jaxdistill.checkpoint import (
     run_record,
 )
 from jaxdistill.config import Config, load_config, select_students
-from jaxdistill.data import TokenStore, prepare
+from jaxdistill.data import RowSource, prepare
 from jaxdistill.errors import DivergedError, InputError
 from jaxdistill.export import export_run
 from jaxdistill.features import deepest_layer
@@ -42,7 +42,8 @@ from jaxdistill.report import SUMMARY_COLUMNS, markdown_table, plot_losses, prin
 from jaxdistill.resolve import Run, resolve_stages
 from jaxdistill.sharding import create_mesh, tree_shardings
 from jaxdistill.state import abstract_state, initial_state
-from jaxdistill.students import describe_initialisation, projected_embeddings
+from jaxdistill.students import describe_initialisation, own_head, projected_embeddings
+from jaxdistill.tasks import open_task
 from jaxdistill.train_step import Student, TrainState, evaluation_step, train_step
 
 
@@ -140,14 +141,19 @@ def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
     return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, history, exports, run.output, frozen)
 
 
-def prepare_text(run: Run, record: dict | None) -> TokenStore:
-    """The run's token store, made if it is not there; the one that the run began with, if `record` names one."""
+def prepare_text(run: Run, record: dict | None) -> RowSource:
+    """The run's rows: those that it began with, if `record` names them. A token store is made if it is not there."""
+    expected, data = record and record["identity"]["data"], run.config.data
+    if data.task:
+        rows = open_task(data.task, tokenizer=run.tokenizer, family=run.teacher.family, sequence_length=data.sequence_length)
+        if expected not in (None, rows.fingerprint):
+            raise InputError(f"data.task: its rows or the tokenizer changed since the run in {run.output} began; --overwrite begins anew")
+        return rows
     with preparing("Preparing text") as report:
-        expected = record and record["identity"]["data"]
         return prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report, expected=expected)
 
 
-def train(run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher_params: dict, progress: Progress) -> tuple[TrainState, dict]:
+def train(run: Run, store: RowSource, mesh: jax.sharding.Mesh, teacher_params: dict, progress: Progress) -> tuple[TrainState, dict]:
     """The loop: from the newest checkpoint, else from the students' first parameters, to the last step.
 
     Returns:
@@ -199,7 +205,8 @@ def begin(run: Run, checkpoints: Checkpoints, mesh: jax.sharding.Mesh, teacher_p
     like = abstract_state(run, teacher_params, mesh)
     step = checkpoints.latest()
     if step is None:
-        starts = {name: load_pretrained(folder)[1] for name, folder in run.checkpoints.items()}
+        shapes = {student.name: student.config for student in run.students}
+        starts = {name: own_head(shapes[name], *load_pretrained(folder)) for name, folder in run.checkpoints.items()}
         init = jax.jit(partial(initial_state, run), out_shardings=jax.tree.map(lambda x: x.sharding, like))
         return init(teacher_params, starts), 0, 0
     return checkpoints.restore(step, like), step, checkpoints.record(step)["tokens"]
@@ -215,8 +222,9 @@ def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:
     """The part of the teacher that the students read, on the devices; its matrices in the dtype of the products."""
     layers = {layer_name(i): params["layers"][layer_name(i)] for i in range(1, deepest_layer(run.teacher_features) + 1)}
     needed = {"embeddings": params["embeddings"], "layers": layers}
-    if any(feature.kind == "logits" for feature in run.teacher_features):
-        needed["mlm"] = params["mlm"]
+    kinds = {feature.kind for feature in run.teacher_features}
+    heads = {"logits": ("mlm",), "label_logits": ("pooler", "classifier")}  # BERT's classifier reads the pooler, others have none
+    needed |= {head: params[head] for kind, names in heads.items() if kind in kinds for head in names if head in params}
     needed = jax.tree.map(lambda x: x.astype(jnp.dtype(run.settings.dtype)) if x.ndim > 1 else x, needed)
     return jax.device_put(needed, tree_shardings(needed, mesh))
 
@@ -228,7 +236,7 @@ def compile_step(run: Run, state: TrainState, teacher: dict, batch: dict):
     return step.lower(state, teacher, batch).compile()
 
 
-def evaluate_held_out(compiled, run: Run, store: TokenStore, mesh: jax.sharding.Mesh, teacher: dict, state: TrainState, step: int):
+def evaluate_held_out(compiled, run: Run, store: RowSource, mesh: jax.sharding.Mesh, teacher: dict, state: TrainState, step: int):
     """(sum, count) of every part of every student's loss, a dict for each batch of held-out rows."""
     trained = {name: student.trained for name, student in state.students.items()}
     batches = enumerate(evaluation_batches(run, store, mesh))
@@ -240,6 +248,8 @@ def describe(run: Run, teacher_params: dict, *, goes_on: bool) -> Iterator[str]:
     if run.stage:
         yield f"stage {run.stage}"
     yield from (f"warning: {warning}" for warning in run.warnings)
+    if run.task:
+        yield f"task {run.task.title}: rows are its examples, held out is its split {next(iter(run.task.tests))}"
     teacher, passes = run.teacher, run.teacher_passes
     depth = ", ".join(f"{name} text to layer {deepest_layer(features)}" for name, features in passes.items() if features)
     reads = f"runs on {depth}" if depth else "is not read"

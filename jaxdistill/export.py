@@ -56,19 +56,22 @@ def export_run(run: Run, params: dict[str, dict], teacher_params: dict, *, keep:
 
 
 def export_run_student(run: Run, name: str, params: dict, teacher_params: dict, folder: Path, *, dtype: str) -> Path:
-    """The folder of one student of a run: its encoder and a pooler, no projections and nothing else of the teacher."""
+    """The folder of one student of a run: its encoder and a pooler, or the classification head that it has; no projections and
+    nothing else of the teacher."""
     config = next(student.config for student in run.students if student.name == name)
-    pooler = export_pooler(config, student_key(run.config.training.seed, name), run.teacher, teacher_params)
+    if "classifier" not in params:  # which has, for BERT, the pooler that was trained with it
+        params = params | {"pooler": export_pooler(config, student_key(run.config.training.seed, name), run.teacher, teacher_params)}
     # The dropout of the distillation is no advice for a fine-tuning: the file has the teacher's rates.
     config = dataclasses.replace(config, hidden_dropout=run.teacher.hidden_dropout, attention_dropout=run.teacher.attention_dropout)
     card = model_card(name, run, config)
-    return export_student(folder, config, params | {"pooler": pooler}, tokenizer=run.tokenizer_source, dtype=dtype, card=card)
+    return export_student(folder, config, params, tokenizer=run.tokenizer_source, dtype=dtype, card=card)
 
 
 def model_card(name: str, run: Run, student: EncoderConfig) -> str:
     """What a reader needs to know of a student, in the Hub's format."""
     config, training = run.config, run.config.training
-    sources = ", ".join(Path(source.path).name if source.path else str(source.dataset) for source in config.data.sources)
+    sources = ", ".join(Path(source.path).name if source.path else str(source.dataset) for source in config.data.sources or ())
+    text = f"task | {run.task.title} ({config.data.task.name}), one example a row" if run.task else f"text | {sources}"
     own = next(student for student in run.students if student.name == name)
     objective = "; ".join(term.description for term in own.terms)
     before = "".join(f", after {stage}" for stage in [name for name in run.saved.stages if name != run.stage][-1:])
@@ -76,6 +79,10 @@ def model_card(name: str, run: Run, student: EncoderConfig) -> str:
     if own.has_mlm_head:
         masked = 'AutoModelForMaskedLM.from_pretrained("path/to/this/folder", subfolder="mlm")'
         head = (", AutoModelForMaskedLM", f"masked_language_model = {masked}\n")
+    use, kind = "An encoder to fine-tune. The distillation did not train its pooler.", "AutoModel"
+    if own.has_classifier:
+        outputs = f"the labels {', '.join(student.labels)}" if len(student.labels) > 1 else "one number, the task's own"
+        use, kind = f"A finished model for {run.task.title}: its outputs are {outputs}.", "AutoModelForSequenceClassification"
     return f"""---
 library_name: transformers
 tags: [distillation, jaxdistill]
@@ -88,18 +95,18 @@ A {student.family} encoder of {student.num_layers} layers x {student.hidden_size
 | | |
 |---|---|
 | teacher | {config.teacher_name} |
-| text | {sources} |
+| {text} |
 | training | {training.steps:,} steps of {training.batch_size} x {config.data.sequence_length} tokens, {own.input} text{before} |
 | objective (student layer <- teacher layer) | {objective} |
 
 ```python
-from transformers import AutoModel{head[0]}, AutoTokenizer
+from transformers import {kind}{head[0]}, AutoTokenizer
 
-model = AutoModel.from_pretrained("path/to/this/folder")
+model = {kind}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 {head[1]}```
 
-An encoder to fine-tune. The distillation did not train its pooler.
+{use}
 """
 
 

@@ -23,7 +23,7 @@ def forward_flops_per_token(config: EncoderConfig, sequence_length: int, feature
         return 0
     if Feature("logits", deepest) in features:
         return deepest * block + 2 * width * (width + config.vocab_size)
-    if Feature("hidden", deepest) in features:
+    if {Feature("hidden", deepest), Feature("label_logits", deepest)} & features:  # a classification head reads one token of a row
         return deepest * block
     return (deepest - 1) * block + projection * sum(feature.layer == deepest for feature in features)
 

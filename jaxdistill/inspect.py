@@ -36,14 +36,18 @@ def _paths(tree) -> dict[str, tuple[int, ...]]:
 
 
 @cache
-def _abstract_params(config: EncoderConfig, mlm: bool = False) -> dict[str, tuple[int, ...]]:
-    return _paths(jax.eval_shape(partial(init_params, config, mlm=mlm), jax.random.key(0)))
+def _abstract_params(config: EncoderConfig, **heads: bool) -> dict[str, tuple[int, ...]]:
+    return _paths(jax.eval_shape(partial(init_params, config, **heads), jax.random.key(0)))
+
+
+def _abstract_model(student: Student) -> dict[str, tuple[int, ...]]:
+    return _abstract_params(student.config, mlm=student.has_mlm_head, classifier=student.has_classifier)
 
 
 def _abstract_trained(student: Student) -> dict[str, tuple[int, ...]]:
-    """Of everything that the optimizer trains: encoder, head, projections."""
+    """Of everything that the optimizer trains: encoder, heads, projections."""
     projections = jax.eval_shape(partial(initial_projections, student.terms), jax.random.key(0))
-    return _abstract_params(student.config, student.has_mlm_head) | {f"projections/{k}": v for k, v in _paths(projections).items()}
+    return _abstract_model(student) | {f"projections/{k}": v for k, v in _paths(projections).items()}
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -61,9 +65,10 @@ def parameter_table(run: Run) -> Table:
             groups[path.split("/")[0]] += _size(shape)
         shape = f"{config.num_layers} x {config.hidden_size}, {config.num_heads} heads, ffn {config.intermediate_size}"
         encoder = groups["embeddings"] + groups["layers"]
-        numbers = (groups["embeddings"], groups["layers"] // config.num_layers, encoder, groups["mlm"], groups["projections"])
+        heads = groups["mlm"] + groups["pooler"] + groups["classifier"]
+        numbers = (groups["embeddings"], groups["layers"] // config.num_layers, encoder, heads, groups["projections"])
         rows.append((name, shape, *(f"{number / 1e6:.2f}" if number else "-" for number in numbers)))
-    columns = ("model", "layers x hidden", "embeddings (M)", "a block (M)", "encoder (M)", "MLM head (M)", "projections (M)")
+    columns = ("model", "layers x hidden", "embeddings (M)", "a block (M)", "encoder (M)", "head (M)", "projections (M)")
     return summary_table(rows, columns, "Parameters; projections are trained and not exported")
 
 
@@ -86,7 +91,7 @@ def sharding_table(run: Run) -> Table:
     mesh = AbstractMesh(tuple(run.mesh[axis] for axis in AXES), AXES)
     shapes: dict[tuple, list[str]] = defaultdict(list)
     for student in run.students:
-        shapes[tuple(_abstract_params(student.config, student.has_mlm_head).items())].append(student.name)
+        shapes[tuple(_abstract_model(student).items())].append(student.name)
     rows = []
     for params, names in shapes.items():
         title = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -47,6 +47,11 @@ def needs_labels(terms: Sequence[Term]) -> bool:
     return any(term.kind == "mlm_cross_entropy" or getattr(term, "positions", "all") == "masked" for term in terms)
 
 
+def reads_labels(terms: Sequence[Term]) -> bool:
+    """Whether a term reads the labels of a task: the student then has a classification head."""
+    return any(term.kind.startswith("label_") for term in terms)
+
+
 def features_read(terms: Sequence[BoundTerm]) -> tuple[frozenset[Feature], frozenset[Feature]]:
     """Features that the terms read of the student and of the teacher."""
     parts = [part for term in terms for part in term.parts]

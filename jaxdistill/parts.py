@@ -45,6 +45,12 @@ class Inputs:
     labels: jax.Array | None  # [B, S] of masked input, -100 = not predicted
     step: Any  # int32
     negatives: dict[str, tuple[TextVectors, ...]]  # rows of the other micro-batches, and of a memory bank
+    row_labels: jax.Array | None = None  # [B] of a task's examples; int32, float32 of a regression
+
+    @property
+    def rows(self) -> jax.Array:
+        """[B], 1 where a row holds an example; the last batch of an evaluation is filled up with rows that do not."""
+        return jnp.any(self.mask > 0, axis=1).astype(jnp.int32)
 
     @property
     def first_tokens(self) -> jax.Array:

@@ -1,7 +1,8 @@
-"""From a config to a run whose every part has been checked: nothing is written, no text is read."""
+"""From a config to a run whose every part has been checked: nothing is written, no text is read (of a task the rows, to count them)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokeni
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.features import Feature, deepest_layer
 from jaxdistill.models import EncoderConfig, find_model, load_config, with_mlm_head
-from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_masked
+from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
 from jaxdistill.parts import BoundTerm
 from jaxdistill.sharding import mesh_shape
 from jaxdistill.stages import Stage, stages_of
 from jaxdistill.students import check_checkpoint, copied_layers, student_config
+from jaxdistill.tasks import Task, find_task, label_names, num_training_rows
 from jaxdistill.train_step import Input, StepSettings, Student, teacher_reads
 
 
@@ -59,6 +61,10 @@ class Run:
         return Path(self.config.data.store) if self.config.data.store else self.output / "tokens"
 
     @property
+    def task(self) -> Task | None:
+        return find_task(self.config.data.task.name) if self.config.data.task else None
+
+    @property
     def teacher_features(self) -> frozenset[Feature]:
         """What the students' objectives together read of the teacher."""
         return frozenset().union(*self.teacher_passes.values())
@@ -85,7 +91,7 @@ def resolve_stages(config: Config, *, num_devices: int | None = None) -> tuple[R
     Raises:
       InputError: one line that names the field and what would be right.
     """
-    config = _absolute_output(config)
+    config = in_steps(_absolute_output(config))
     runs: list[Run] = []
     planned: dict[str, Model] = {}
     for stage in stages_of(config):
@@ -123,13 +129,16 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int | None
     students, copied, checkpoints, warnings = [], {}, {}, []
     for name, student in config.students.items():
         place = f"{stage.students}.{name}"
-        shape, warned = student_config(student, teacher.config, dropout=config.training.dropout, where=place)
         objective, where = (student.objective, f"{place}.objective") if student.objective else (config.objective, stage.objective)
+        labels = label_names(find_task(config.data.task.name)) if config.data.task and reads_labels(objective) else ()
+        shape, warned = student_config(student, teacher.config, dropout=config.training.dropout, where=place, labels=labels)
         head = {"steps": config.training.steps, "teacher_has_mlm_head": teacher.has_mlm_head}
         terms = bind_objective(objective, shape, teacher.config, where, **head)
         text = student.input or ("masked" if reads_masked(objective) else "clean")
         if text == "clean" and needs_labels(objective):
             raise InputError(f"{place}.input: a term of its objective counts the masked places, and clean text has none; take masked")
+        if reads_labels(objective) and reads_masked(objective):
+            raise InputError(f"{where}: terms of a task's labels and of masked text in one objective; give each a stage of its own")
         features, _ = features_read(terms)
         students.append(Student(name, shape, terms, create_optimizer(config.optimizer_of(name), config.training.steps, features), text))
         _check_batch_of_terms(config, terms, where)
@@ -219,6 +228,35 @@ def _masking(config: Config, students: list[Student], tokenizer: TextTokenizer) 
     return Masking(config.masking.rate, config.masking.mask, config.masking.random, tokenizer.mask_id, special, tokenizer.vocab_size)
 
 
+def in_steps(config: Config) -> Config:
+    """The config with steps in place of epochs, of the run and of every stage: as many as see each of a task's rows so often.
+
+    Raises:
+      InputError: an unknown task, epochs of a text, whose rows are not known before it is prepared; rows that cannot be read.
+    """
+    if config.data.task:
+        find_task(config.data.task.name)
+    said = {f"stages.{name}.training": stage.training for name, stage in config.stages.items() if stage.training}
+    given = [place for place, training in {"training": config.training, **said}.items() if training.epochs is not None]
+    if not given:
+        return config
+    if not config.data.task:
+        raise InputError(f"{given[0]}.epochs: only a task's rows can be counted beforehand; give steps, or data.task")
+    num_rows, training = num_training_rows(config.data.task), config.training
+
+    def steps(epochs: float, batch_size: int | None) -> dict[str, int | None]:
+        return {"steps": math.ceil(epochs * num_rows / (batch_size or training.batch_size)), "epochs": None}
+
+    stages = {}
+    for name, stage in config.stages.items():
+        own = stage.training
+        epochs = own and (own.epochs or (None if own.steps else training.epochs))  # the run's, with its own batch size
+        update = {"training": own.model_copy(update=steps(epochs, own.batch_size))} if epochs else {}
+        stages[name] = stage.model_copy(update=update)
+    whole = training.model_copy(update=steps(training.epochs, None) if training.epochs else {})
+    return config.model_copy(update={"training": whole, "stages": stages})
+
+
 def _absolute_output(config: Config) -> Config:
     return config.model_copy(update={"output": str(Path(config.output).expanduser().absolute())})
 
@@ -232,14 +270,16 @@ def _settled(config: Config) -> Config:
     precision = config.training.precision
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    sources = tuple(source.model_copy(update={"path": absolute(source.path)}) for source in config.data.sources)
+    sources, task = config.data.sources, config.data.task
+    sources = sources and tuple(source.model_copy(update={"path": absolute(source.path)}) for source in sources)
+    task = task and task.model_copy(update={"data": absolute(task.data)})
     teacher, name = config.teacher, config.teacher_name or config.teacher
     if Path(teacher).expanduser().is_dir():
         teacher, name = absolute(teacher), config.teacher_name or Path(absolute(teacher)).name
     tokenizer = config.data.tokenizer
     if tokenizer and Path(tokenizer).expanduser().is_dir():
         tokenizer = absolute(tokenizer)
-    data = config.data.model_copy(update={"sources": sources, "store": absolute(config.data.store), "tokenizer": tokenizer})
+    data = config.data.model_copy(update={"sources": sources, "task": task, "store": absolute(config.data.store), "tokenizer": tokenizer})
     training = config.training.model_copy(update={"precision": precision})
     settled = {"teacher": teacher, "teacher_name": name, "data": data, "training": training, "output": absolute(config.output)}
     return config.model_copy(update=settled)

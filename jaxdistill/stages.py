@@ -50,7 +50,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         students = {own: _started(own, student, stage, found, folders, f"{where}.{own}") for own, student in students.items()}
         seed = config.training.seed + number  # another stage, another order of the text
         # None: in the run's folder, wherever that may lie one day.
-        store = config.data.store or (None if folder == output else str(output / "tokens"))
+        store = config.data.store or (None if folder == output or config.data.task else str(output / "tokens"))
         training = changed(config.training.model_copy(update={"seed": seed}), stage.training)
         fields = _teacher(stage, found, place) | {
             "students": students,

@@ -30,6 +30,7 @@ def initial_state(run: Run, teacher_params: dict, checkpoints: dict[str, dict] |
             teacher_params,
             run.copied[student.name],
             mlm=student.has_mlm_head,
+            classifier=student.has_classifier,
             embeddings=run.config.students[student.name].embeddings,
             checkpoint=(checkpoints or {}).get(student.name),
         )

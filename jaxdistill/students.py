@@ -17,22 +17,39 @@ from jaxdistill.errors import InputError, nearest
 from jaxdistill.models import EncoderConfig, init_params, layer_name
 from jaxdistill.shapes import Array, Float, Key
 
-# layers, heads, hidden, feed-forward: udagawa2023 table 1.
+# layers, heads, hidden, feed-forward; without a prefix udagawa2023, table 1.
 SHAPES: dict[str, tuple[int, int, int, int]] = {
     "6L-DistilBERT": (6, 12, 768, 3072),
     "6L": (6, 12, 384, 1536),
     "4L": (4, 12, 576, 768),
     "3L": (3, 12, 384, 1024),
+    # wang2023, section 4: task-specific students of RoBERTa-base.
+    "wang2023/3L": (3, 12, 768, 3072),
+    # whatslost2023, of RoBERTa-base: one of its 12 layers, 12 heads and 768 hidden numbers is reduced (in the last, two). The
+    # feed-forward of the narrow ones is not published: 4 x hidden here.
+    "whatslost2023/3L": (3, 12, 768, 3072),
+    "whatslost2023/6L": (6, 12, 768, 3072),
+    "whatslost2023/9L": (9, 12, 768, 3072),
+    "whatslost2023/4AH": (12, 4, 768, 3072),
+    "whatslost2023/8AH": (12, 8, 768, 3072),
+    "whatslost2023/384D": (12, 12, 384, 1536),
+    "whatslost2023/516D": (12, 12, 516, 2064),
+    "whatslost2023/6L_384D": (6, 12, 384, 1536),
 }
 # Of a teacher of 12 layers for a student of 6: DistilBERT's own choice (Sanh et al. 2019), 0, 2, 4, 7, 9, 11 counted from zero.
 DISTILBERT = (1, 3, 5, 8, 10, 12)
 
 
-def student_config(student: StudentConfig, teacher: EncoderConfig, *, dropout: float | None, where: str) -> tuple[EncoderConfig, list[str]]:
+def student_config(
+    student: StudentConfig, teacher: EncoderConfig, *, dropout: float | None, where: str, labels: tuple[str, ...] = ()
+) -> tuple[EncoderConfig, list[str]]:
     """The encoder of a student, and warnings about it.
 
     Vocabulary, positions and constants are the teacher's. Numbers that neither the shape's name nor the config gives:
     heads and hidden size of the teacher; its feed-forward size at equal width, else 4 x hidden.
+
+    Args:
+      labels: of the task that it learns, by name; it then has a classification head.
 
     Raises:
       InputError: unknown name, no depth, heads that do not divide the hidden size.
@@ -58,7 +75,7 @@ def student_config(student: StudentConfig, teacher: EncoderConfig, *, dropout: f
         warnings.append(f"{where}.num_layers: {sizes['num_layers']} is deeper than the teacher's {teacher.num_layers}")
     shape = {"num_layers": sizes["num_layers"], "num_heads": heads, "hidden_size": hidden, "intermediate_size": inner}
     rates = {} if dropout is None else {"hidden_dropout": dropout, "attention_dropout": dropout}
-    return dataclasses.replace(teacher, **shape, **rates), warnings
+    return dataclasses.replace(teacher, labels=labels, **shape, **rates), warnings
 
 
 def copied_layers(student: StudentConfig, config: EncoderConfig, teacher: EncoderConfig, where: str) -> tuple[int, ...] | None:
@@ -184,6 +201,7 @@ def initial_params(
     layers: Sequence[int] | None,
     *,
     mlm: bool = False,
+    classifier: bool = False,
     embeddings: Literal["random", "pca", "svd"] = "random",
     checkpoint: dict | None = None,
 ) -> dict:
@@ -192,12 +210,17 @@ def initial_params(
     With `checkpoint`, its encoder; else with `layers`, the teacher's embeddings and these blocks of its; else random, with
     the teacher's projected `embeddings` where they are pca or svd. A head (`mlm`) comes with the encoder where there is one,
     without a decoder of its own: a student's is tied.
+
+    A classification head (`classifier`, with the pooler that BERT's reads) starts at random: from the teacher wang2023 takes
+    embeddings and layers alone. That of a checkpoint goes on, which `own_head` has left in where it is one for the same labels; a
+    pooler alone does not: an intermediate stage exports one that it has not trained.
     """
-    params = init_params(config, key, mlm=mlm)
+    params = init_params(config, key, mlm=mlm, classifier=classifier)
     source: dict = {}
     if checkpoint is not None:
         source = checkpoint
-        params |= {"embeddings": source["embeddings"], "layers": source["layers"]}
+        heads = {"pooler", "classifier"} & params.keys() & source.keys() if "classifier" in source else set()
+        params |= {name: source[name] for name in ("embeddings", "layers", *sorted(heads))}
     elif layers is not None:
         source = teacher_params
         copied = {layer_name(i): source["layers"][layer_name(n)] for i, n in enumerate(layers, 1)}
@@ -207,6 +230,17 @@ def initial_params(
     if mlm and "mlm" in source:
         params["mlm"] = {name: leaf for name, leaf in source["mlm"].items() if name != "decoder"}
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def own_head(config: EncoderConfig, other: EncoderConfig, params: dict) -> dict:
+    """Of a checkpoint's parameters those that a student of these labels starts from: without a head for other labels.
+
+    Labels are the same by their names, or by their number where the checkpoint only numbers them (LABEL_0) or is a regression.
+    """
+    unnamed = len(other.labels) == 1 or all(name == f"LABEL_{i}" for i, name in enumerate(other.labels))
+    ours, theirs = ([name.lower() for name in side.labels] for side in (config, other))
+    same = len(ours) == len(theirs) and (unnamed or ours == theirs)
+    return params if same else {name: value for name, value in params.items() if name != "classifier"}
 
 
 def export_pooler(config: EncoderConfig, key: Key[Array, ""], teacher: EncoderConfig, teacher_params: dict) -> dict:

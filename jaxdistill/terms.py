@@ -19,6 +19,9 @@ from jaxdistill.config import (
     HiddenContrastive,
     HiddenCosine,
     HiddenMSE,
+    LabelCrossEntropy,
+    LabelKL,
+    LabelMSE,
     MLMCrossEntropy,
     OutputKL,
     RelationKL,
@@ -230,6 +233,74 @@ def _bind_mlm(name: str, term: MLMCrossEntropy, sides: Sides) -> BoundTerm:
     return BoundTerm(name, term.kind, term.weight, (), (part,), "labels of masked tokens")
 
 
+# The labels of a task
+
+
+def _label_sides(term, sides: Sides, *, reads_teacher: bool = True) -> tuple[tuple[Feature, ...], tuple[Feature, ...]]:
+    """What both sides must produce.
+
+    Raises:
+      InputError: a text instead of a task, a teacher without a classification head, or with one for other labels.
+    """
+    labels, theirs = sides.student.labels, sides.teacher.labels
+    if not labels:
+        raise InputError(f"{sides.place}: {term.kind} reads the labels of a task, and the data is a text; give data.task")
+    student, teacher = (Feature("label_logits", side.num_layers) for side in (sides.student, sides.teacher))
+    if not reads_teacher:
+        return (student,), ()
+    if not theirs:
+        raise InputError(
+            f"{sides.place}: {term.kind} reads the teacher's logits of the labels, and this teacher has no classification head; take one "
+            f"that is fine-tuned on the task (a ...ForSequenceClassification), or label_cross_entropy, which reads no teacher"
+        )
+    ours, given = ([name.lower() for name in names] for names in (labels, theirs))
+    if len(ours) != len(given) or (sorted(ours) == sorted(given) and ours != given):
+        order = " in another order" if len(ours) == len(given) else ""
+        raise InputError(
+            f"{sides.place}: {term.kind} compares {_named(labels)}, and the teacher has {_named(theirs)}{order}; take a teacher that is "
+            f"fine-tuned on the task of data.task"
+        )
+    return (student,), (teacher,)
+
+
+def _named(labels: tuple[str, ...]) -> str:
+    return f"{len(labels)} labels ({', '.join(labels[:4])}{', ...' if len(labels) > 4 else ''})" if len(labels) > 1 else "one value"
+
+
+def _bind_label_kl(name: str, term: LabelKL, sides: Sides) -> BoundTerm:
+    if len(sides.student.labels) == 1:
+        raise InputError(f"{sides.place}: label_kl compares probabilities, and the task of data.task is a regression; take label_mse")
+    features = _label_sides(term, sides)
+    _check_schedule(term.temperature, sides, "temperature")
+
+    def compute(student, teacher, projections, inputs: Inputs) -> SumAndCount:
+        return losses.label_kl(student[0], teacher[0], inputs.rows, temperature=term.temperature.at(inputs.step))
+
+    part = Part(name, 1.0, *features, compute, lambda length: 0)
+    return BoundTerm(name, term.kind, term.weight, (), (part,), f"{_named(sides.student.labels)} of the teacher, T {term.temperature}")
+
+
+def _bind_label_mse(name: str, term: LabelMSE, sides: Sides) -> BoundTerm:
+    def compute(student, teacher, projections, inputs: Inputs) -> SumAndCount:
+        return losses.label_mse(student[0], teacher[0], inputs.rows)
+
+    part = Part(name, 1.0, *_label_sides(term, sides), compute, lambda length: 0)
+    return BoundTerm(name, term.kind, term.weight, (), (part,), f"{_named(sides.student.labels)} of the teacher, logits")
+
+
+def _bind_label_cross_entropy(name: str, term: LabelCrossEntropy, sides: Sides) -> BoundTerm:
+    regression = len(sides.student.labels) == 1
+
+    def compute(student, teacher, projections, inputs: Inputs) -> SumAndCount:
+        if regression:
+            return losses.label_mse(student[0], inputs.row_labels[:, None], inputs.rows)
+        return losses.label_cross_entropy(student[0], inputs.row_labels, inputs.rows)
+
+    part = Part(name, 1.0, *_label_sides(term, sides, reads_teacher=False), compute, lambda length: 0)
+    note = f"{_named(sides.student.labels)} of the task" + (", squared error" if regression else "")
+    return BoundTerm(name, term.kind, term.weight, (), (part,), note)
+
+
 _BIND: dict[type, Callable[..., BoundTerm]] = {
     RelationKL: _bind_relations,
     RelationMSE: _bind_relations,
@@ -241,6 +312,9 @@ _BIND: dict[type, Callable[..., BoundTerm]] = {
     HiddenContrastive: _bind_contrastive,
     OutputKL: _bind_output,
     MLMCrossEntropy: _bind_mlm,
+    LabelKL: _bind_label_kl,
+    LabelCrossEntropy: _bind_label_cross_entropy,
+    LabelMSE: _bind_label_mse,
 }
 
 

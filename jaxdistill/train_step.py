@@ -19,7 +19,8 @@ from jaxdistill.parts import BoundTerm, Inputs, TextVectors, first_vectors
 from jaxdistill.row_keys import RowKeys
 from jaxdistill.students import student_key
 
-Batch = dict[str, jax.Array]  # input_ids, segment_ids: [A, B, S], or one micro-batch of them, [B, S]
+# input_ids, segment_ids [A, B, S], of a task also token_type_ids [A, B, S] and labels [A, B]; or one micro-batch, without A
+Batch = dict[str, jax.Array]
 Input = Literal["clean", "masked"]
 
 
@@ -37,11 +38,15 @@ class Student:
     def has_mlm_head(self) -> bool:
         return any(feature.kind == "logits" for feature in features_read(self.terms)[0])
 
+    @property
+    def has_classifier(self) -> bool:
+        return any(feature.kind == "label_logits" for feature in features_read(self.terms)[0])
+
 
 @jax.tree_util.register_dataclass
 @dataclass
 class StudentState:
-    """`trained` holds "params" (the encoder and its MLM head, if a loss reads it) and "projections" that no export contains."""
+    """`trained` holds "params" (the encoder and the heads that a loss reads) and "projections" that no export contains."""
 
     trained: dict
     optimizer: optax.OptState
@@ -77,12 +82,14 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class View:
-    """One micro-batch as the encoders read it. `labels`: of masked input, -100 = not predicted."""
+    """One micro-batch as the encoders read it. `labels`: of masked input, -100 = not predicted; the last two: of a task."""
 
     input_ids: jax.Array
     mask: jax.Array
     segment_ids: jax.Array | None
     labels: jax.Array | None
+    token_type_ids: jax.Array | None
+    row_labels: jax.Array | None
 
 
 def view(settings: StepSettings, name: Input, batch: Batch, key: jax.Array, rows: jax.Array) -> View:
@@ -91,7 +98,8 @@ def view(settings: StepSettings, name: Input, batch: Batch, key: jax.Array, rows
     if name == "masked":
         ids, labels = mask_tokens(RowKeys.create(key, rows), ids, batch["segment_ids"], settings.masking)
     mask = (batch["segment_ids"] > 0).astype(jnp.int32)
-    return View(ids, mask, batch["segment_ids"] if settings.packing else None, labels)
+    segments = batch["segment_ids"] if settings.packing else None
+    return View(ids, mask, segments, labels, batch.get("token_type_ids"), batch.get("labels"))
 
 
 def _masking_key(seed: int, use: str, number) -> jax.Array:
@@ -111,7 +119,7 @@ def teacher_features(settings: StepSettings, params: dict, seen: View, features:
     if not features:
         return EncoderOutput({}, {}, {}, {})
     output = forward(
-        settings.teacher, params, seen.input_ids, seen.mask, segment_ids=seen.segment_ids, features=features, dtype=settings.dtype
+        settings.teacher, params, seen.input_ids, seen.mask, seen.token_type_ids, seen.segment_ids, features=features, dtype=settings.dtype
     )
     return jax.lax.stop_gradient(output)
 
@@ -128,10 +136,10 @@ def student_parts(
 ):
     """(sum, count) of every part of a student's loss over one micro-batch."""
     output = forward(
-        student.config, trained["params"], seen.input_ids, seen.mask, segment_ids=seen.segment_ids,
+        student.config, trained["params"], seen.input_ids, seen.mask, seen.token_type_ids, seen.segment_ids,
         features=features_read(student.terms)[0], dropout=dropout, dtype=settings.dtype,
     )  # fmt: skip
-    inputs = Inputs(seen.mask, seen.segment_ids, seen.labels, step, negatives or {})
+    inputs = Inputs(seen.mask, seen.segment_ids, seen.labels, step, negatives or {}, seen.row_labels)
     return measure(student.terms, output, teacher, trained["projections"], inputs)
 
 
@@ -234,7 +242,7 @@ def train_step(
     """One update of every student from one global batch.
 
     Args:
-      batch: input_ids and segment_ids [A, B, S], A micro-batches of B rows; the result does not depend on A.
+      batch: of A micro-batches of B rows; the result does not depend on A.
 
     Returns:
       The next state, and {"tokens": real tokens, "students": student -> {"parts": part -> (sum, count), "gradient_norm",

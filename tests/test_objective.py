@@ -15,6 +15,9 @@ from jaxdistill.config import (
     HiddenContrastive,
     HiddenCosine,
     HiddenMSE,
+    LabelCrossEntropy,
+    LabelKL,
+    LabelMSE,
     LayerMapConfig,
     MLMCrossEntropy,
     OutputKL,
@@ -33,6 +36,7 @@ from jaxdistill.objective import (
     measure,
     named_values,
     needs_labels,
+    reads_labels,
     reads_masked,
 )
 from jaxdistill.parts import Inputs, TextVectors, first_vectors
@@ -40,6 +44,9 @@ from jaxdistill.parts import Inputs, TextVectors, first_vectors
 TEACHER = tiny_config(num_layers=12, hidden_size=96)
 STUDENT = tiny_config(num_layers=6, hidden_size=48)
 LIKE_TEACHER = tiny_config(num_layers=6, hidden_size=96)
+LABELS = ("no", "maybe", "yes")
+TUNED = tiny_config(num_layers=12, hidden_size=96, labels=LABELS)
+LEARNER = tiny_config(num_layers=6, hidden_size=48, labels=LABELS)
 FEWER_HEADS = tiny_config(num_layers=6, hidden_size=48, num_heads=3)
 
 
@@ -126,16 +133,94 @@ READS = {
     ),
     "output_kl": (OutputKL(), STUDENT, features("logits", 6), features("logits", 12), {}),
     "mlm_cross_entropy": (MLMCrossEntropy(), STUDENT, features("logits", 6), set(), {}),
+    "label_kl": (LabelKL(), LEARNER, features("label_logits", 6), features("label_logits", 12), {}),
+    "label_mse": (LabelMSE(), LEARNER, features("label_logits", 6), features("label_logits", 12), {}),
+    "label_cross_entropy": (LabelCrossEntropy(), LEARNER, features("label_logits", 6), set(), {}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READS)
 def test_what_each_kind_reads_and_learns(name):
     term, student, of_student, of_teacher, projections = READS[name]
-    (bound,) = bind(term, student=student)
+    (bound,) = bind(term, student=student, teacher=TUNED)
     assert features_read([bound]) == (of_student, of_teacher)
     assert {part.name: dict(part.projections) for part in bound.parts if part.projections} == projections
     assert bound.kind == term.kind
+
+
+def test_what_needs_a_task():
+    assert [reads_labels([t]) for t in (LabelKL(), LabelMSE(), LabelCrossEntropy(), MLMCrossEntropy(), OutputKL())] == [True] * 3 + [
+        False
+    ] * 2
+
+
+def labelled(*labels, teacher=False):
+    return tiny_config(num_layers=12 if teacher else 6, hidden_size=96 if teacher else 48, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "student", "teacher", "message"),
+    [
+        *((kind, STUDENT, TUNED, "reads the labels of a task, and the data is a text; give data.task") for kind in (LabelKL, LabelMSE)),
+        (LabelCrossEntropy, STUDENT, TUNED, "label_cross_entropy reads the labels of a task, and the data is a text"),
+        (LabelKL, LEARNER, TEACHER, "this teacher has no classification head; take one that is fine-tuned on the task"),
+        (LabelMSE, LEARNER, TEACHER, "this teacher has no classification head"),
+        (
+            LabelKL,
+            LEARNER,
+            labelled("no", "yes", teacher=True),
+            r"compares 3 labels \(no, maybe, yes\), and the teacher has 2 labels \(no, yes\);",
+        ),
+        (LabelMSE, labelled("score"), TUNED, "compares one value, and the teacher has 3 labels"),
+        (LabelMSE, LEARNER, labelled("value", teacher=True), "the teacher has one value; take a teacher that is fine-tuned"),
+        (LabelKL, LEARNER, labelled("Yes", "maybe", "No", teacher=True), r"the teacher has 3 labels \(Yes, maybe, No\) in another order;"),
+        (LabelKL, labelled("score"), labelled("score", teacher=True), "the task of data.task is a regression; take label_mse"),
+    ],
+)
+def test_labels_that_do_not_fit(kind, student, teacher, message):
+    with pytest.raises(InputError, match=rf"^objective\.1: .*{message}") as caught:
+        bind(MLMCrossEntropy(), kind(), student=student, teacher=teacher)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_by_other_names_are_taken_by_their_number():
+    bind(LabelKL(), LabelMSE(), student=LEARNER, teacher=labelled("LABEL_0", "LABEL_1", "LABEL_2", teacher=True))
+    bind(LabelKL(), student=LEARNER, teacher=labelled("NO", "MAYBE", "YES", teacher=True))
+    bind(LabelCrossEntropy(), student=LEARNER, teacher=TEACHER)  # it reads no teacher
+    bind(LabelMSE(), LabelCrossEntropy(), student=labelled("score"), teacher=labelled("LABEL_0", teacher=True))
+
+
+def test_labels_by_hand():
+    """Each term reads its own side's logits, and a row without a token is not an example."""
+    rng = np.random.default_rng(3)
+    mine, theirs = (jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) for _ in range(2))
+    s, t = EncoderOutput({}, {}, {}, {}, label_logits={6: mine}), EncoderOutput({}, {}, {}, {}, label_logits={12: theirs})
+    labels = jnp.array([2, 0, 1, 9])
+    mask = jnp.ones((4, 5), jnp.int32).at[3].set(0).at[0, 3:].set(0)
+    bound = bind(LabelKL(temperature=falling(4.0, 2.0, 10)), LabelCrossEntropy(weight=0.5), LabelMSE(), student=LEARNER, teacher=TUNED)
+    assert [b.description for b in bound] == [
+        "1 x label_kl: 3 labels (no, maybe, yes) of the teacher, T linear 4 at 0, 2 at 10",
+        "0.5 x label_cross_entropy: 3 labels (no, maybe, yes) of the task",
+        "1 x label_mse: 3 labels (no, maybe, yes) of the teacher, logits",
+    ]
+    parts = measure(bound, s, t, {}, Inputs(mask, None, None, 5, {}, labels))
+    rows = jnp.array([1, 1, 1, 0])
+    expected = {
+        "label_kl": losses.label_kl(mine, theirs, rows, temperature=3.0),
+        "label_cross_entropy": losses.label_cross_entropy(mine, labels, rows),
+        "label_mse": losses.label_mse(mine, theirs, rows),
+    }
+    assert parts.keys() == expected.keys() and float(parts["label_kl"][1]) == 3.0 and float(parts["label_mse"][1]) == 9.0
+    for name, value in expected.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_the_labels_of_a_regression():
+    bound = bind(LabelCrossEntropy(), student=labelled("score"), teacher=TEACHER)
+    assert bound[0].layers == "one value of the task, squared error"
+    s = EncoderOutput({}, {}, {}, {}, label_logits={6: jnp.array([[1.0], [4.0]])})
+    inputs = Inputs(jnp.ones((2, 3), jnp.int32), None, None, 0, {}, jnp.array([3.0, 4.5]))
+    assert [float(x) for x in measure(bound, s, EncoderOutput({}, {}, {}, {}), {}, inputs)["label_cross_entropy"]] == [4.25, 2.0]
 
 
 def test_learned_reads_every_layer_of_the_teacher():
@@ -198,6 +283,7 @@ REFUSED = [
     ([make(HiddenContrastive, "random")], STUDENT, r"objective\.0\.layer_map: hidden_contrastive compares one fixed pair"),
     ([term(weight=LATE)], STUDENT, r"objective\.0\.weight\.steps: step 11 is out of range, training takes 10 steps there"),
     ([term(), MLMCrossEntropy(weight=LATE)], STUDENT, r"objective\.1\.weight\.steps: step 11 is out of range"),
+    ([LabelKL(temperature=LATE)], LEARNER, r"objective\.0\.temperature\.steps: step 11 is out of range"),
     ([OutputKL(temperature=LATE)], STUDENT, r"objective\.0\.temperature\.steps: step 11 is out of range"),
     ([make(HiddenContrastive, temperature=LATE)], STUDENT, r"objective\.0\.temperature\.steps: step 11 is out of range"),
 ]  # fmt: skip
@@ -206,7 +292,7 @@ REFUSED = [
 @pytest.mark.parametrize(("terms", "student", "message"), REFUSED)
 def test_refusals(terms, student, message):
     with pytest.raises(InputError, match=message) as caught:
-        bind(*terms, student=student)
+        bind(*terms, student=student, teacher=TUNED)
     assert "\n" not in str(caught.value)
 
 

@@ -18,6 +18,7 @@ from jaxdistill.students import (
     describe_initialisation,
     export_pooler,
     initial_params,
+    own_head,
     projected_embeddings,
     student_config,
     student_key,
@@ -67,6 +68,33 @@ def test_named_shapes(shape):
         assert getattr(config, field) == getattr(XLM_R_BASE, field)
 
 
+# RoBERTa-base without pooler and head, and what a block of 768 is: 4 (768² + 768) + 2 x 768 x 3072 + 3072 + 768 + 4 x 768.
+ROBERTA_BASE = EncoderConfig("roberta", 50265, 12, 12, 768, 3072, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1)
+EMBEDDINGS, BLOCK = (50265 + 514 + 1 + 2) * 768, 7_087_872
+NARROW = (50265 + 514 + 1 + 2) * 384, 4 * (384**2 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384
+PARAMETERS = {
+    "wang2023/3L": EMBEDDINGS + 3 * BLOCK,
+    "whatslost2023/3L": EMBEDDINGS + 3 * BLOCK,
+    "whatslost2023/6L": EMBEDDINGS + 6 * BLOCK,
+    "whatslost2023/9L": EMBEDDINGS + 9 * BLOCK,
+    "whatslost2023/4AH": EMBEDDINGS + 12 * BLOCK,  # heads share the width: fewer make nothing smaller
+    "whatslost2023/8AH": EMBEDDINGS + 12 * BLOCK,
+    "whatslost2023/384D": NARROW[0] + 12 * NARROW[1],
+    "whatslost2023/516D": (50265 + 514 + 1 + 2) * 516 + 12 * (4 * (516**2 + 516) + 2 * 516 * 2064 + 2064 + 516 + 4 * 516),
+    "whatslost2023/6L_384D": NARROW[0] + 6 * NARROW[1],
+}
+
+
+@pytest.mark.parametrize("shape", PARAMETERS)
+def test_parameters_of_the_task_specific_shapes(shape):
+    config, warned = build(ROBERTA_BASE, shape=shape)
+    assert num_parameters(config) == PARAMETERS[shape] and not warned
+    changed = {"L": "num_layers", "AH": "num_heads", "D": "hidden_size"}
+    for said in shape.split("/")[1].split("_"):
+        number, field = int(said.rstrip("LAHD")), changed[said.lstrip("0123456789")]
+        assert getattr(config, field) == number != getattr(ROBERTA_BASE, field)
+
+
 def test_numbers_override_the_name():
     config, _ = build(BERT_BASE, shape="6L", num_layers=3, intermediate_size=1024)
     assert (config.num_layers, config.num_heads, config.hidden_size, config.intermediate_size) == SHAPES["3L"]
@@ -89,8 +117,8 @@ def test_dropout_is_the_teachers_unless_said():
     ("fields", "message"),
     [
         ({"shape": "6L-Distilbert"}, r"students\.small\.shape: unknown shape '6L-Distilbert'; did you mean '6L-DistilBERT'"),
-        ({"shape": "enormous"}, r"unknown shape 'enormous'; known: 3L, 4L, 6L, 6L-DistilBERT; or give num_layers"),
-        ({"hidden_size": 384}, r"students\.small: how deep\? give shape \(6L-DistilBERT, 6L, 4L, 3L\) or num_layers"),
+        ({"shape": "enormous"}, r"unknown shape 'enormous'; known: 3L, 4L, 6L, 6L-DistilBERT, .*; or give num_layers"),
+        ({"hidden_size": 384}, r"students\.small: how deep\? give shape \(6L-DistilBERT, 6L, 4L, 3L, .*\) or num_layers"),
         ({"num_layers": 2, "num_heads": 5}, r"students\.small: 5 heads do not divide the hidden size 48; num_heads 2, 3, 4, 6 would"),
         ({"shape": "6L", "hidden_size": 516, "num_heads": 8}, "8 heads do not divide the hidden size 516; num_heads 3, 4, 6, 12 would"),
     ],
@@ -374,3 +402,54 @@ def test_pooler_of_an_export():
     assert np.array_equal(first["kernel"], again["kernel"]) and first["kernel"].std() > 0.01
     del teacher["pooler"]
     assert export_pooler(config, jax.random.key(0), TEACHER, teacher)["dense"]["kernel"].shape == (48, 48)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_where_a_classification_head_starts(family):
+    """At random beside layers of the teacher, whatever head that has; with the checkpoint's where there is one."""
+    labels = ("no", "yes")
+    teacher = tiny_config(family, num_layers=3, labels=labels)
+    student = dataclasses.replace(teacher, num_layers=2)
+    teacher_params, key = random_params(teacher), student_key(0, "small")
+    heads = {"classifier"} | ({"pooler"} if family == "bert" else set())
+    own = init_params(student, key, classifier=True)
+    copied = initial_params(student, key, teacher_params, (1, 3), classifier=True)
+    assert copied.keys() == {"embeddings", "layers", *heads}
+    for head in heads:
+        jax.tree.map(np.testing.assert_array_equal, copied[head], own[head])
+    checkpoint = random_params(student, seed=5)
+    found = initial_params(student, key, teacher_params, None, classifier=True, checkpoint=checkpoint)
+    jax.tree.map(np.testing.assert_array_equal, found, checkpoint)
+    base = {name: checkpoint[name] for name in ("embeddings", "layers")}
+    untrained = base | ({"pooler": teacher_params["pooler"]} if family == "bert" else {})
+    found = initial_params(student, key, teacher_params, None, classifier=True, checkpoint=untrained)
+    jax.tree.map(np.testing.assert_array_equal, found, base | {head: own[head] for head in heads})
+    assert initial_params(student, key, teacher_params, None, checkpoint=checkpoint).keys() == {"embeddings", "layers"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        (("no", "yes"), True),
+        (("No", "YES"), True),
+        (("LABEL_0", "LABEL_1"), True),
+        (("yes", "no"), False),
+        (("entailment", "not_entailment"), False),
+        (("no", "maybe", "yes"), False),
+        (("score",), False),
+        ((), False),
+    ],
+)
+def test_heads_that_a_checkpoint_keeps(labels, kept):
+    config = tiny_config(labels=("no", "yes"))
+    params = {"embeddings": 0, "layers": 1, "pooler": 2, "classifier": 3}
+    found = own_head(config, dataclasses.replace(config, labels=labels), params)
+    assert found.keys() == params.keys() - (set() if kept else {"classifier"})
+
+
+def test_the_head_of_a_regression_has_one_value_whatever_it_is_called():
+    value, params = tiny_config(labels=("score",)), {"classifier": 3}
+    assert (
+        own_head(value, tiny_config(labels=("LABEL_0",)), params) == own_head(value, tiny_config(labels=("similarity",)), params) == params
+    )
+    assert own_head(value, tiny_config(labels=("no", "yes")), params) == {}

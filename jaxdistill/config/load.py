@@ -75,6 +75,8 @@ def apply_overrides(values: Mapping, overrides: Sequence[str]) -> dict:
     data = result.get("data")
     if isinstance(data, dict) and isinstance(data.get("sources"), list):  # so that a source written as a string has its fields
         data["sources"] = [{"path": source} if isinstance(source, str) else source for source in data["sources"]]
+    if isinstance(data, dict) and isinstance(data.get("task"), str):
+        data["task"] = {"name": data["task"]}
     for override in overrides:
         path, separator, text = override.partition("=")
         if not separator or not path:

@@ -45,8 +45,22 @@ class SourceConfig(Section):
         return self
 
 
+class TaskConfig(Section):
+    """Examples of a task instead of a text, one a row: `data` is a folder in the layout of the Hub's dataset, or the Hub."""
+
+    name: str
+    data: str | None = None
+    train_limit: Positive | None = None  # training rows, spread evenly over the split; default: all
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class DataConfig(Section):
-    sources: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1)]
+    sources: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1)] | None = None
+    task: TaskConfig | None = None
     sequence_length: Annotated[int, Field(ge=8, le=8192)] = 128
     held_out: Fraction = 0.01  # share of the documents, chosen by their hash
     packing: bool = False  # rows hold several texts: True keeps them invisible to each other
@@ -54,8 +68,19 @@ class DataConfig(Section):
     store: str | None = None  # folder of the token store; default: beside the run
 
     @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> DataConfig:
+        if (self.sources is None) == (self.task is None):
+            raise ValueError(f"give either sources (a text) or task (a task's examples){', not both' if self.task else ''}")
+        if self.task and self.packing:
+            raise ValueError("packing: a row of a task holds one example; leave packing out")
+        for field in ("held_out", "store") if self.task else ():
+            if getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field}: means nothing for a task, which has a split of its own and no token store; leave it out")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _weights(self) -> DataConfig:
-        given = [source.weight is not None for source in self.sources]
+        given = [source.weight is not None for source in self.sources or ()]
         if any(given) and not all(given):
             raise ValueError("give every source a weight, or none (then each is read once per epoch)")
         return self
@@ -147,7 +172,8 @@ class StudentConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: Positive = 10_000
+    steps: Positive | None = 10_000  # None only where `epochs` stands for it, until the run is resolved
+    epochs: Annotated[float, Field(gt=0)] | None = None  # of a task's rows, instead of steps
     batch_size: Positive = 256  # rows of the global batch, over all devices and micro-batches
     micro_batches: Positive = 1  # gradient accumulation: the batch in this many pieces, one after the other
     both_inputs: bool = False  # clean and masked text in one run: a second teacher pass
@@ -162,6 +188,25 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = 2
     tensorboard: bool = True
     wandb: str | None = None  # project name
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _epochs_for_steps(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("epochs") is not None and "steps" not in value:
+            return value | {"steps": None}
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        _check_length(self.steps, self.epochs)
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps: null says nothing; give steps, or epochs of a task")
+        return self
+
+
+def _check_length(steps: int | None, epochs: float | None) -> None:
+    if steps is not None and epochs is not None:
+        raise ValueError(f"steps {steps} and epochs {epochs:g} both say how long; leave one of the two out")
 
 
 TrainingChanges = _changes(TrainingConfig, "TrainingChanges")
@@ -210,6 +255,13 @@ class StageConfig(Section):
     @classmethod
     def _names(cls, value):
         _check_names(value if isinstance(value, dict) else (), "student")
+        return value
+
+    @pydantic.field_validator("training")
+    @classmethod
+    def _one_length(cls, value):
+        if value is not None:
+            _check_length(value.steps, value.epochs)
         return value
 
 

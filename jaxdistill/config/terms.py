@@ -270,8 +270,31 @@ class AttentionMSE(Section):
     layer_map: LayerMapConfig = LayerMapConfig()
 
 
+class LabelKL(Section):
+    """The teacher's distribution over a task's labels (`losses.label_kl`): prediction layer transfer."""
+
+    kind: Literal["label_kl"] = "label_kl"
+    weight: Weight = ONE
+    temperature: Temperature = ONE
+
+
+class LabelCrossEntropy(Section):
+    """A task's own labels (`losses.label_cross_entropy`); of a regression the squared error (`losses.label_mse`)."""
+
+    kind: Literal["label_cross_entropy"] = "label_cross_entropy"
+    weight: Weight = ONE
+
+
+class LabelMSE(Section):
+    """The teacher's logits over a task's labels (`losses.label_mse`), or its values of a regression."""
+
+    kind: Literal["label_mse"] = "label_mse"
+    weight: Weight = ONE
+
+
 _CLASSES = (
     RelationKL, RelationMSE, DirectMSE, HiddenMSE, HiddenCosine, HiddenContrastive, AttentionKL, AttentionMSE, OutputKL, MLMCrossEntropy,
+    LabelKL, LabelCrossEntropy, LabelMSE,
 )  # fmt: skip
 KINDS: dict[str, type[Section]] = {kind.model_fields["kind"].default: kind for kind in _CLASSES}
 

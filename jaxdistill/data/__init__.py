@@ -3,7 +3,7 @@
 from jaxdistill.data.masking import NOT_PREDICTED, Masking, mask_tokens
 from jaxdistill.data.order import RowOrder
 from jaxdistill.data.prepare import is_held_out, prepare
-from jaxdistill.data.reader import Batch, TokenStore, batches, held_out_rows
+from jaxdistill.data.reader import Batch, RowSource, TokenStore, batches, held_out_rows
 from jaxdistill.data.rows import pack_documents
 from jaxdistill.data.sources import DocumentCounts, read_documents, read_labelled, source_fingerprint
 from jaxdistill.data.tokenizer import TextTokenizer, check_tokenizer, load_tokenizer, save_tokenizer
@@ -14,6 +14,7 @@ __all__ = [
     "DocumentCounts",
     "Masking",
     "RowOrder",
+    "RowSource",
     "TextTokenizer",
     "TokenStore",
     "batches",

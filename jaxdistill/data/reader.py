@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +16,20 @@ READ_THREADS = 2  # reading is memory-bound: more threads do not make it faster
 PREFETCHED_BATCHES = 8
 
 Batch = dict[str, np.ndarray]  # input_ids, attention_mask (1 = real token) and segment_ids (0 = padding), each int32 [B, S]
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """What a run reads its rows from, of the splits `train` and `held_out`: a token store, or a task's examples."""
+
+    fingerprint: str
+    sequence_length: int
+
+    def num_rows(self, split: str) -> int: ...
+
+    def source_rows(self, split: str) -> tuple[int, ...]: ...
+
+    def read_batch(self, split: str, row_numbers: np.ndarray) -> Batch: ...
 
 
 class _Split:
@@ -90,7 +105,7 @@ class TokenStore:
 
 
 def batches(
-    store: TokenStore, order: RowOrder, *, batch_size: int, start_step: int, num_steps: int, rows: slice | np.ndarray = slice(None)
+    store: RowSource, order: RowOrder, *, batch_size: int, start_step: int, num_steps: int, rows: slice | np.ndarray = slice(None)
 ) -> Iterator[Batch]:
     """The batches of training steps start_step, start_step + 1, ... (`num_steps` of them), read ahead by Grain.
 
@@ -114,7 +129,7 @@ def batches(
     return iter(steps.map(read).to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCHED_BATCHES)))
 
 
-def held_out_rows(store: TokenStore, limit: int) -> np.ndarray:
+def held_out_rows(store: RowSource, limit: int) -> np.ndarray:
     """At most `limit` row numbers spread evenly over the held-out part, int64; always the same ones."""
     num_rows = store.num_rows("held_out")
     count = min(limit, num_rows)

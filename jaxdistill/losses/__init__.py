@@ -8,6 +8,7 @@ from jaxdistill.losses.attention import attention_kl, attention_mse
 from jaxdistill.losses.contrastive import hidden_contrastive
 from jaxdistill.losses.direct import direct_mse
 from jaxdistill.losses.hidden import first_tokens, hidden_cosine, hidden_mse
+from jaxdistill.losses.labels import label_cross_entropy, label_kl, label_mse
 from jaxdistill.losses.layers import attended_layers
 from jaxdistill.losses.output import mlm_cross_entropy, output_kl
 from jaxdistill.losses.relations import relation_kl, relation_mse
@@ -21,6 +22,9 @@ __all__ = [
     "hidden_contrastive",
     "hidden_cosine",
     "hidden_mse",
+    "label_cross_entropy",
+    "label_kl",
+    "label_mse",
     "mlm_cross_entropy",
     "output_kl",
     "relation_kl",

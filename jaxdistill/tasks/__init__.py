@@ -3,6 +3,7 @@
 from jaxdistill.tasks.catalogue import GLUE, TASKS, Split, Task, find_tasks
 from jaxdistill.tasks.read import MissingSplit, Rows, read_split
 from jaxdistill.tasks.scores import reported, score, shown_scores
+from jaxdistill.tasks.store import TaskStore, find_task, label_names, num_training_rows, open_task
 from jaxdistill.tasks.tokens import TaskTokens, encode_rows, packed_batch, row_length
 
 __all__ = [
@@ -12,9 +13,14 @@ __all__ = [
     "Rows",
     "Split",
     "Task",
+    "TaskStore",
     "TaskTokens",
     "encode_rows",
+    "find_task",
     "find_tasks",
+    "label_names",
+    "num_training_rows",
+    "open_task",
     "packed_batch",
     "read_split",
     "reported",

@@ -13,9 +13,9 @@ from tiny_texts import make_texts
 from jaxdistill.tasks import TASKS
 
 
-def task_columns(name: str, count: int, seed: int = 0) -> dict[str, list]:
+def task_columns(name: str, count: int, seed: int = 0, longest: int = 6) -> dict[str, list]:
     task, rng = TASKS[name], np.random.default_rng(seed)
-    columns: dict[str, list] = {column: make_texts(count, seed=seed + i, longest=6) for i, column in enumerate(task.columns)}
+    columns: dict[str, list] = {column: make_texts(count, seed=seed + i, longest=longest) for i, column in enumerate(task.columns)}
     labels = rng.uniform(*task.range, count).round(2).tolist() if task.range else rng.integers(0, task.num_labels, count).tolist()
     return columns | {"label": labels}
 
@@ -25,12 +25,12 @@ def write_split(folder: Path, split: str, columns: dict[str, list]) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{split}-00000-of-00001.parquet")
 
 
-def write_task(data: Path, name: str, *, train: int = 24, test: int = 14) -> Path:
-    """DATA/NAME with every split of a GLUE task; a seed of its own for each."""
+def write_task(data: Path, name: str, *, train: int = 24, test: int = 14, longest: int = 6) -> Path:
+    """DATA/NAME with every split of a GLUE task, texts of at most `longest` words; a seed of its own for each."""
     task = TASKS[name]
-    write_split(data / name, "train", task_columns(name, train, 1))
+    write_split(data / name, "train", task_columns(name, train, 1, longest))
     for i, split in enumerate(task.tests.values()):
-        write_split(data / name, split.split, task_columns(name, test, 2 + i))
+        write_split(data / name, split.split, task_columns(name, test, 2 + i, longest))
     return data
 
 
