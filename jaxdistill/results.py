@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -58,11 +59,18 @@ def _distilled(config: dict, student: str) -> dict[str, Any] | None:
     return {
         "teacher": config.get("teacher_name") or config.get("teacher"),
         "objective": objective_of(last),
-        "before": {name: objective_of(stages[name]) for name in list(stages)[:-1]},
+        "before": {name: objective_of(stages[name]) for name in list(stages)[:-1] if _trains(stages[name], student)},
+        "task": (data.get("task") or {}).get("name"),
         "initialise": own.get("initialise"),
         "stages": list(stages),
         "tokens": (steps or 0) * (training.get("batch_size") or 0) * (data.get("sequence_length") or 0),
     }
+
+
+def _trains(stage: dict, student: str) -> bool:
+    """Whether a stage trains a student: it names the patterns of those it does, or students of its own; else all."""
+    patterns = stage.get("students") or ["*"]
+    return any(fnmatch.fnmatchcase(student, pattern) for pattern in patterns)
 
 
 def find_models(arguments: Iterable[str]) -> dict[str, str]:

@@ -127,40 +127,50 @@ def _label(term: Term) -> str | None:
     return {"attention_mse": "Att-MSE", "attention_kl": "Att-KL", "hidden_contrastive": "Hid-CLS-Contrast"}.get(kind)
 
 
-def _objective(terms: Sequence[Term], hard: str) -> str | None:
+def _objective(terms: Sequence[Term], vanilla: tuple[str, str]) -> str | None:
     kinds = {term["kind"] for term in terms}
-    if kinds == {"output_kl", hard}:
+    if kinds == set(vanilla):
         return "Vanilla KD"
-    labels = [_label(term) for term in terms]
+    labels = {_label(term) for term in terms}
     return None if None in labels else "+".join(sorted(labels, key=_ORDER.index))
 
 
+_LABELS = ("label_kl", "label_cross_entropy")
 _ORDER = ["Hid-CLS-Contrast", "Hid-CLS", "Att-MSE", "Att-KL", "Hid-Seq", "Val-KL"]
 
 
 def _wang(model: Mapping[str, Any], distilled: Mapping[str, Any]) -> Published | None:
     """Task-agnostic: BERT-base -> 6 x 768, last layer to last layer. Task-specific (`task` is said): RoBERTa-base -> 3 x 768, which
-    learns from the layers that it was initialised with."""
+    learns from the layers that it was initialised with, then from the labels; vanilla KD from the labels alone."""
     terms = _terms(distilled.get("objective"))
+    before = list((distilled.get("before") or {}).values())
+    if distilled.get("task"):
+        if {term["kind"] for term in terms} != set(_LABELS) or len(before) > 1:
+            return None
+        terms = _terms(before[0]) if before else terms
     start = distilled.get("initialise") or "random"
-    mapped = [term for term in terms if term["kind"] not in ("output_kl", "mlm_cross_entropy", "task_cross_entropy")]
+    mapped = [term for term in terms if term["kind"] not in ("output_kl", "mlm_cross_entropy", *_LABELS)]
     kind = (_shape(model), model.get("family"), model.get("vocab_size"))
     if distilled.get("task"):
         layers = list(start) if isinstance(start, (list, tuple)) else []
         pairs = [[student, teacher] for student, teacher in enumerate(layers, 1)]
-        fits = kind == ((3, 12, 768, 3072), "roberta", ROBERTA) and all(_pairs(term) == pairs for term in mapped)
-        begun, hard, setting = ",".join(map(str, layers)), "task_cross_entropy", "task_specific"
+        fits = kind == ((3, 12, 768, 3072), "roberta", ROBERTA) and all(each == pairs for each in _pairs(mapped))
+        begun, vanilla, setting = ",".join(map(str, layers)), _LABELS, "task_specific"
     else:
         fits = kind == ((6, 12, 768, 3072), "bert", BERT) and all(layer_mapping(term) == "last_layer" for term in mapped)
         fits = fits and len(distilled.get("stages") or []) < 2
         begun = {"random": "random", "first_k": "first 6", "[1, 2, 3, 4, 5, 6]": "first 6"}.get(str(start))
-        hard, setting = "mlm_cross_entropy", "task_agnostic"
+        vanilla, setting = ("output_kl", "mlm_cross_entropy"), "task_agnostic"
     if not fits or not terms:
         return None
-    keys = {"objective": _objective(terms, hard), "initialised_from": begun, "setting": setting}
+    keys = {"objective": _objective(terms, vanilla), "initialised_from": begun, "setting": setting}
     return next((row for row in wang2023() if row.keys == keys), None)
 
 
-def _pairs(term: Term) -> list[list[int]] | None:
-    strategy, options = _strategy(term)
-    return sorted(map(list, options.get("pairs") or [])) if strategy == "explicit" else None
+def _pairs(terms: Sequence[Term]) -> list[list[list[int]]]:
+    """The explicit pairs of layers of each kind of term: a contrastive term has one, so that there is a term for each."""
+    found: dict[str, list[list[int]]] = {}
+    for term in terms:
+        strategy, options = _strategy(term)
+        found.setdefault(term["kind"], []).extend(map(list, options.get("pairs") or []) if strategy == "explicit" else [])
+    return [sorted(pairs) for pairs in found.values()]

@@ -1,13 +1,18 @@
 """Which published row a student repeats; where anything differs, none."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from compared import MODEL, distilled
 from tiny_models import tiny_config, write_model
 
 from jaxdistill.compare.match import find_published
-from jaxdistill.results import describe_model
+from jaxdistill.compare.published import wang2023
+from jaxdistill.config import load_config
+from jaxdistill.results import _distilled, describe_model
 
+RECIPES = Path(__file__).parent.parent.parent / "configs"
 SIX = {"num_layers": 6, "num_heads": 12, "hidden_size": 768, "intermediate_size": 3072}
 ROBERTA = {"num_layers": 3, "num_heads": 12, "hidden_size": 768, "intermediate_size": 3072, "family": "roberta", "vocab_size": 50265}
 XLMR = {"family": "xlm-roberta", "vocab_size": 250002}
@@ -124,12 +129,17 @@ def test_the_protocol_chooses_between_two_papers():
 
 def test_wang2023_task_specific():
     term = {"kind": "attention_mse", "layer_map": {"strategy": "explicit", "pairs": [[1, 1], [2, 2], [3, 3]]}}
-    row = match(ROBERTA, term, teacher="FacebookAI/roberta-base", initialise=[1, 2, 3], task="rte")
+    labels, stages = ("label_kl", "label_cross_entropy"), {"stages": ["a", "b"], "before": {"a": [term]}}
+    run = {"teacher": "FacebookAI/roberta-base", "task": "rte"}
+    row = match(ROBERTA, *labels, **run, **stages, initialise=[1, 2, 3])
     assert tuple(row.keys.values()) == ("Att-MSE", "1,2,3", "task_specific")
+    vanilla = match(ROBERTA, *labels, **run, stages=["a", "b"], initialise=[4, 8, 12])
+    assert tuple(vanilla.keys.values()) == ("Vanilla KD", "4,8,12", "task_specific")
     assert row.scores["rte", "validation", "accuracy"] == (60.3, "table 3")
     assert not {key for key in row.scores if key[0] in ("cola", "mrpc", "glue")}  # of another metric than their heads say
-    assert match(ROBERTA, term, teacher="FacebookAI/roberta-base", initialise=[1, 8, 12], task="rte") is None
-    assert match(ROBERTA, term, teacher="FacebookAI/roberta-base", initialise=[1, 2, 3]) is None
+    assert match(ROBERTA, *labels, **run, **stages, initialise=[1, 8, 12]) is None  # learnt from other layers than it began with
+    assert match(ROBERTA, *labels, **stages, teacher="FacebookAI/roberta-base", initialise=[1, 2, 3]) is None
+    assert match(ROBERTA, term, **run, initialise=[1, 2, 3]) is None  # without the second stage
 
 
 def test_an_export_of_a_staged_run_knows_what_came_before(tmp_path):
@@ -145,3 +155,16 @@ def test_an_export_of_a_staged_run_knows_what_came_before(tmp_path):
     assert found["objective"] == [{"kind": "output_kl"}]
     assert found["before"] == {"transfer": [{"kind": "hidden_mse", "layer_map": "uniform"}]}
     assert find_published({**MODEL, "distilled": found}, {})[0].keys["method"] == "OD"
+
+
+def test_the_recipe_of_wang2023_finds_its_own_rows(tmp_path):
+    """Every student of the task-specific recipe, as its run's config describes it."""
+    config = load_config(RECIPES / "wang2023_task_specific.yaml")
+    values = yaml.safe_load(config.to_yaml())
+    published = {(row.keys["objective"], row.keys["initialised_from"]) for row in wang2023() if row.keys["setting"] == "task_specific"}
+    found = set()
+    for name in values["students"]:
+        row, why = find_published(MODEL | ROBERTA | {"distilled": _distilled(values | {"teacher_name": "roberta-base"}, name)}, {})
+        assert row, (name, why)
+        found.add((row.keys["objective"], row.keys["initialised_from"]))
+    assert found == published
