@@ -58,6 +58,7 @@ def _distilled(config: dict, student: str) -> dict[str, Any] | None:
     steps = (last.get("training") or {}).get("steps") or training.get("steps")
     return {
         "teacher": config.get("teacher_name") or config.get("teacher"),
+        "teacher_layers": _layers(config.get("teacher")),
         "objective": objective_of(last),
         "before": {name: objective_of(stages[name]) for name in list(stages)[:-1] if _trains(stages[name], student)},
         "task": (data.get("task") or {}).get("name"),
@@ -65,6 +66,13 @@ def _distilled(config: dict, student: str) -> dict[str, Any] | None:
         "stages": list(stages),
         "tokens": (steps or 0) * (training.get("batch_size") or 0) * (data.get("sequence_length") or 0),
     }
+
+
+def _layers(teacher: str | None) -> int | None:
+    """Of a teacher whose folder is still there; the Hub is not asked for a number."""
+    if not teacher or not (Path(teacher) / "config.json").is_file():
+        return None
+    return load_config(teacher).num_layers
 
 
 def _trains(stage: dict, student: str) -> bool:

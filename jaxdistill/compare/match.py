@@ -25,7 +25,7 @@ def find_published(model: Mapping[str, Any], teacher_layers: Mapping[str, int], 
     if not distilled:
         return None, "not a student with a run beside it: how it was distilled is not known"
     teacher = str(distilled.get("teacher") or "")
-    depth = _depth(teacher, teacher_layers)
+    depth = distilled.get("teacher_layers") or _depth(teacher, teacher_layers)
     if depth != BASE:
         what = "is not known" if depth is None else f"is {depth}"
         return None, f"the depth of its teacher {what}; the papers' teachers have {BASE} layers"

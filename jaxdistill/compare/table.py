@@ -151,12 +151,13 @@ def legend(board: Board) -> list[str]:
 
 
 def model_notes(board: Board) -> list[str]:
-    """Everything unusual or missing, each under the name of its model."""
-    said = list(board.notes)
+    """Everything unusual or missing, with the names of the models that it is true of."""
+    whose: dict[str, list[str]] = {}
     for entry in board.measured:
-        said += [f"{entry.name}: {note}" for note in entry.notes]
-        said += [f"{entry.name}: no {task_title(task)}: {reason}" for task, reason in entry.missing.items()]
-    return said
+        for note in [*entry.notes, *(f"no {task_title(task)}: {reason}" for task, reason in entry.missing.items())]:
+            whose.setdefault(note, []).append(entry.name)
+    everyone = len(board.measured) if len(board.measured) > 2 else None
+    return [*board.notes, *(f"{'every model' if len(names) == everyone else ', '.join(names)}: {note}" for note, names in whose.items())]
 
 
 def task_title(task: str) -> str:
