@@ -142,8 +142,17 @@ def trained_cells(
     total = sum(trainer.num_steps(group[0]) for group in groups)
     with choose_progress(total, f"{model.name}: {data.task.title}", jax.process_index() == 0) as progress:
         done = 0
-        for group in groups:
-            runs = run_group(trainer, group, config.protocol, progress, done)
+        while groups:
+            group = groups.pop(0)
+            try:
+                runs = run_group(trainer, group, config.protocol, progress, done)
+            except jax.errors.JaxRuntimeError as error:
+                if len(group) == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                progress.say(f"{model.name}: {data.task.title}: {len(group)} seeds together do not fit; one after the other")
+                groups = seed_groups([cell for each in [group, *groups] for cell in each], together=False)
+                progress.total = done + sum(trainer.num_steps(each[0]) for each in groups)
+                continue
             done += trainer.num_steps(group[0])
             yield runs
             for run in runs:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from task_folders import task_columns, write_split, write_task
@@ -120,6 +121,21 @@ def test_seeds_together_give_the_scores_of_seeds_alone(model, data, tmp_path):
         found.append([run["scores"]["validation"]["pearson"] for run in scores(tmp_path / how)["tasks"]["stsb"]["runs"]])
     np.testing.assert_allclose(*found, rtol=0, atol=1e-3)
     assert found[0][0] != found[0][1]
+
+
+def test_seeds_that_do_not_fit_together_run_one_after_the_other(model, data, tmp_path, monkeypatch, capsys):
+    train, tried = Trainer.train, []
+
+    def too_large(self, cells, *arguments):
+        tried.append([cell.seed for cell in cells])
+        if len(cells) > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return train(self, cells, *arguments)
+
+    monkeypatch.setattr(Trainer, "train", too_large)
+    evaluate(config(model, data, tmp_path, "tasks=stsb", "protocol.seeds=[0,1]", "seeds_together=true"))
+    assert tried == [[0, 1], [0], [1]] and len(scores(tmp_path)["tasks"]["stsb"]["runs"]) == 2
+    assert "2 seeds together do not fit" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
