@@ -205,7 +205,7 @@ def table(record: dict, tasks: list[str]) -> list[str]:
 
     lines = [
         "| task | steps | jaxdistill | Trainer | apart | jaxdistill, s | without compiling | Trainer, s | faster by | without compiling |"
-    ]  # noqa: E501
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     total = np.zeros(3)
     for name in tasks:
