@@ -63,15 +63,16 @@ def compilations() -> list[float]:
 
 @cache
 def jax_trainer(options: str, task: str):
-    from jaxdistill import evaluate, runtime
+    from jaxdistill import runtime
+    from jaxdistill.finetune import read_task, resolve_models, task_data, trainer_of
     from jaxdistill.models import load_pretrained
     from jaxdistill.tasks import TASKS
 
     runtime.configure()
     config = evaluation(json.loads(options))
-    model = evaluate.resolve_models(config)[0]
-    data = evaluate.task_data(evaluate.read_task(TASKS[task], config), model, config)
-    return evaluate.trainer_of(model, load_pretrained(model.folder), data, config)
+    model = resolve_models(config)[0]
+    data = task_data(read_task(TASKS[task], config), model, config)
+    return trainer_of(model, load_pretrained(model.folder), data, config)
 
 
 def train_jax(options: str, task: str, seed: int) -> dict:
@@ -156,7 +157,7 @@ def evaluation(values: dict):
 
 def plain_rows(task: str, values: dict) -> dict:
     """The rows that jaxdistill trains on and is scored on, as lists."""
-    from jaxdistill.evaluate import read_task
+    from jaxdistill.finetune import read_task
     from jaxdistill.tasks import TASKS
 
     found = read_task(TASKS[task], evaluation(values))

@@ -99,6 +99,20 @@ Words = Annotated[list[str], typer.Argument(metavar="MODEL... [KEY=VALUE]...", h
 
 
 @app.command()
+def finetune(words: Words, overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a model that is there")] = False) -> None:
+    """Fine-tune one model on one task and write it for AutoModelForSequenceClassification.
+
+    tasks=rte output=FOLDER data=FOLDER protocol=wang2023 protocol.learning_rates=[3e-5]
+    """
+    from jaxdistill.config import load_evaluation
+    from jaxdistill.finetune import finetune as run
+    from jaxdistill.runtime import configure
+
+    configure()
+    run(load_evaluation(words), overwrite=overwrite)
+
+
+@app.command()
 def evaluate(
     words: Words, overwrite: Annotated[bool, typer.Option("--overwrite", help="forget the scores that are there")] = False
 ) -> None:
@@ -131,6 +145,28 @@ def export(
 
 
 @app.command()
+def compare(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="results (folder or file), a run, a model folder, udagawa2023[:3L], wang2023")
+    ],
+    output: Annotated[str, typer.Option(help="folder for comparison.md, comparison.csv and index.html")] = "comparison",
+    results: Annotated[str, typer.Option(help="folder where the scores of runs and model folders are looked up")] = "results",
+    reference: Annotated[str | None, typer.Option(help="model to test against; default: the one with the most parameters")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a comparison that is there")] = False,
+) -> None:
+    """Models side by side and beside published tables: scores with significance, speed, size, as a page to look at."""
+    from jaxdistill.compare import compare as run
+    from jaxdistill.compare import main_table
+    from jaxdistill.report import print_table, summary_table
+
+    folder = Path(output)
+    board = run(inputs, output=folder, results=Path(results), reference=reference, overwrite=overwrite)
+    table = main_table(board)
+    print_table(summary_table(table.rows, table.columns, table.title))
+    print(f"to look at: {folder / 'index.html'}")
+
+
+@app.command()
 def latency(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folder, Hub id, NAME=either, or a run: all its students")],
     batch_size: Annotated[list[int] | None, typer.Option(help="may be given again; default: 1 and 32")] = None,
@@ -152,7 +188,7 @@ def lost(
     student: Annotated[str, typer.Argument(metavar="STUDENT|RUN", help="folder, Hub id, NAME=either, or a run: all its students")],
     teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: the run's")] = None,
     text: Annotated[str | None, typer.Option(help="file, folder or glob; default: held-out text of the run, or the sample")] = None,
-    column: Annotated[str, typer.Option(help="of --text, where it is parquet or jsonl")] = "text",
+    column: Annotated[str | None, typer.Option(help="of --text, where it is parquet or jsonl; default: text")] = None,
     language_column: Annotated[str | None, typer.Option(help="names the language of a text: numbers for each")] = None,
     rows: Annotated[int, typer.Option(help="paragraphs to compare on, at most")] = 256,
     length: Annotated[int, typer.Option(help="tokens of a paragraph, at most")] = 128,

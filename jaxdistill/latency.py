@@ -192,7 +192,7 @@ def _torch_passes(models: list[Model], batch_sizes: Sequence[int], length: int, 
     import torch
     from transformers import AutoModel, logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # of an MLM folder it would list the head's weights, which are left out on purpose
     logging.disable_progress_bar()
     loaded = {}
@@ -200,6 +200,8 @@ def _torch_passes(models: list[Model], batch_sizes: Sequence[int], length: int, 
         options = {"add_pooling_layer": False, "attn_implementation": "sdpa", "dtype": getattr(torch, dtype), "local_files_only": True}
         loaded[model.name] = AutoModel.from_pretrained(str(model.folder), **options).eval()
     logging.set_verbosity(verbosity)
+    if shows_progress:
+        logging.enable_progress_bar()
 
     def one(model: Model, device: str, batch_size: int) -> Pass:
         module = loaded[model.name].to(device)

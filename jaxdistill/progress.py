@@ -89,6 +89,21 @@ class Progress:
         counter = f"step {step}/{self.total}" if self.total else f"step {step}"
         self.show(step, self.total, counter, training_numbers(self._record) if record else None)
 
+    def from_step(self, start: int) -> Callable[[int, float], None]:
+        """A function of (steps done, loss) for a training that begins at step `start` of the whole; shows them now and then."""
+        shown = -math.inf
+
+        def report(step: int, loss: float) -> None:
+            nonlocal shown
+            done, now, numbers = start + step, time.monotonic(), None
+            if now - shown >= self.interval:
+                shown, numbers = now, {"step": done, "loss": loss}
+                if done and self.total:
+                    numbers["eta_seconds"] = self.elapsed / done * (self.total - done)
+            self.update(done, numbers)
+
+        return report
+
     def show(self, done: float | None, total: float | None, counter: str, numbers: Numbers | None) -> None:
         """Shows `done` of `total`; `numbers` None leaves those of the last time."""
 

@@ -42,16 +42,23 @@ def describe_model(path_or_hub_id: str | Path) -> dict[str, Any]:
 
 
 def _distilled(config: dict, student: str) -> dict[str, Any] | None:
-    """Teacher, terms and tokens of a student, from its run's config; of several stages, the last one's."""
+    """Teacher, terms and tokens of a student, from its run's config; of several stages, the last one's, and the terms before it."""
     own = (config.get("students") or {}).get(student) or {}
     training, data = config.get("training") or {}, config.get("data") or {}
-    stages = config.get("stages") or {}
+    stages = {name: stage or {} for name, stage in (config.get("stages") or {}).items()}
     last = stages[list(stages)[-1]] if stages else {}
-    objective = own.get("objective") or last.get("objective") or config.get("objective") or []
+    if isinstance(last.get("students"), dict):  # students of the stage's own
+        own = last["students"].get(student) or {}
+
+    def objective_of(stage: dict) -> Any:
+        # What a stage says goes over the student's own, as in `stages.py`.
+        return stage.get("objective") or own.get("objective") or config.get("objective") or []
+
     steps = (last.get("training") or {}).get("steps") or training.get("steps")
     return {
         "teacher": config.get("teacher_name") or config.get("teacher"),
-        "objective": objective,
+        "objective": objective_of(last),
+        "before": {name: objective_of(stages[name]) for name in list(stages)[:-1]},
         "initialise": own.get("initialise"),
         "stages": list(stages),
         "tokens": (steps or 0) * (training.get("batch_size") or 0) * (data.get("sequence_length") or 0),

@@ -21,6 +21,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+pytest_plugins = ("shared_fixtures",)  # imported after the hook
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
     """For whole runs of milliseconds a step: hardly optimised programs, read from a cache when they are run again.

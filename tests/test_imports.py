@@ -12,7 +12,7 @@ FLOW = [
     ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"],
     ["flops", "metrics", "progress", "runtime"], ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"],
     ["export", "agreement", "recorder"], ["distill", "latency", "lost", "finetune"], ["evaluate"],
-    ["quickstart"], ["cli"],
+    ["quickstart"], ["compare"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {
     "flax": {"models"},
@@ -59,6 +59,14 @@ def test_libraries_stay_in_their_rooms():
         for module in imports(path):
             allowed = ONLY_IN.get(module.split(".")[0])
             assert allowed is None or own in allowed, f"{path} imports {module}"
+
+
+def test_pytorch_is_imported_only_when_it_is_timed():
+    for path in modules():
+        top = ast.Module([node for node in ast.parse(path.read_text(encoding="utf-8")).body if not isinstance(node, ast.FunctionDef)], [])
+        names = {alias.name for node in ast.walk(top) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(top) if isinstance(node, ast.ImportFrom)}
+        assert not {name.split(".")[0] for name in names if name} & {"torch", "transformers"}, path
 
 
 def test_no_file_and_no_function_is_too_long():

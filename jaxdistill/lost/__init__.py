@@ -12,7 +12,7 @@ from jaxdistill.config import Config, SourceConfig, load_config
 from jaxdistill.data import Masking, TextTokenizer, load_tokenizer
 from jaxdistill.errors import InputError
 from jaxdistill.lost.answers import answers
-from jaxdistill.lost.measure import Model, masked_rows, measure, measure_mlm
+from jaxdistill.lost.comparison import Model, masked_rows, measure, measure_mlm
 from jaxdistill.lost.pictures import draw_all
 from jaxdistill.lost.summary import BREAKDOWN, Summary, length_buckets
 from jaxdistill.lost.text import ALL, FEWEST_ROWS, Rows, text_rows
@@ -48,7 +48,7 @@ def lost(
     *,
     teacher: str | None = None,
     text: str | None = None,
-    column: str = "text",
+    column: str | None = None,
     language_column: str | None = None,
     rows: int = 256,
     length: int = 128,
@@ -61,6 +61,8 @@ def lost(
       student: what `results.find_models` reads.
       teacher: a folder or Hub id; None: the one that the student's run names.
       text: a file, folder or glob; None: what the run held out of its own text, else the sample that ships.
+      column: of `text`; None: "text".
+      language_column: names the language of each document, for numbers by language.
       rows, length: at most so many paragraphs, of at most so many tokens.
       output: folder of the pictures, <student>/ each; None: RESULTS/lost.
 
@@ -70,6 +72,8 @@ def lost(
     configure()
     if rows < FEWEST_ROWS:
         raise InputError(f"--rows: at least {FEWEST_ROWS}, got {rows}")
+    if column is not None and text is None:
+        raise InputError("--column: the column of a --text, and none is given (a run's own text has its columns in the run's config)")
     read: dict[tuple, Rows] = {}
     asked = {"text": text, "column": column, "language_column": language_column, "limit": rows, "length": length}
     subjects = [_subject(name, source, teacher, Path(results), asked, read) for name, source in find_models([student]).items()]
@@ -134,7 +138,7 @@ def _check_tokenizers(teacher: TextTokenizer, student: TextTokenizer, teacher_fo
 def _sources(run: Config | None, asked: dict[str, Any]) -> tuple[list[SourceConfig], float | None]:
     """What to read, and the held-out share of its documents that alone counts."""
     if asked["text"] is not None:
-        return [SourceConfig(path=asked["text"], column=asked["column"])], None
+        return [SourceConfig(path=asked["text"], column=asked["column"] or "text")], None
     if run is not None and run.data.held_out > 0:
         return list(run.data.sources), run.data.held_out
     return [SourceConfig(path=str(SHIPPED))], None

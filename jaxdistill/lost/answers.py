@@ -54,20 +54,21 @@ def _relations(summary: Summary) -> str:
 
 def _heads(summary: Summary) -> list[str]:
     best, matched = summary.counterparts
+    count = int(matched.sum())
     _, num_student_heads, *_ = summary.attention.shape
     total = summary.num_layers[0] * num_student_heads
     by_head = summary.attention.reshape(total, *matched.shape).argmax(axis=0)
     used = len(set(by_head[matched].tolist()))
+    those = f": {used} of the student's {total} heads" if used else f", among its {total} heads"
     found = [
-        f"Of the teacher's {matched.size} attention heads {int(matched.sum())} have a counterpart in the student (overlap above "
-        f"{COUNTERPART:g}, and {ABOVE_EVEN:g} above that of even attention): {used} of the student's {total} heads. The best matches "
-        f"overlap {best.mean():.2f} on average."
+        f"Of the teacher's {matched.size} attention heads {count or 'none'} {'has' if count == 1 else 'have'} a counterpart in the student "
+        f"(overlap above {COUNTERPART:g}, and {ABOVE_EVEN:g} above that of even attention){those}; the best matches overlap "
+        f"{best.mean():.2f} on average."
     ]
     missing = (~matched).sum(axis=1)
-    if missing.any():
-        worst = ", ".join(
-            f"layer {i + 1} ({missing[i]} of {matched.shape[1]})" for i in np.argsort(-missing, kind="stable")[:3] if missing[i]
-        )
+    if missing.any() and matched.any():
+        order = [i for i in np.argsort(-missing, kind="stable")[:3] if missing[i]]
+        worst = ", ".join(f"layer {i + 1} ({missing[i]} of {matched.shape[1]})" for i in order)
         found.append(f"Most heads without a counterpart are in the teacher's {worst}.")
     return found
 

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.agreement import similarity_agreement
-from jaxdistill.lost.measure import MLM_COUNTS, RELATIONS, Measured
+from jaxdistill.lost.comparison import MLM_COUNTS, RELATIONS, Measured
 from jaxdistill.lost.text import ALL, FEWEST_ROWS
 
 COUNTERPART = 0.5  # overlap from which on two heads count as doing the same
 ABOVE_EVEN = 0.05  # and from which on above the overlap of even attention, which any flat head has
 NOTICEABLE = 0.02  # a smaller difference of a breakdown is called none
 BREAKDOWN = ("rows", "tokens", "CKA, last layer", "relations", "CLS similarity", "mean similarity", "MLM top-1", "MLM top-5")
+HEAD_COLUMNS = ["teacher layer", "with a counterpart", "heads", "best overlap", "overlap of even attention"]
 MEASURES = {"CKA, last layer": "CKA of the last layer", "relations": "relation overlap", "MLM top-1": "MLM top-1 agreement"}
 
 
@@ -69,8 +70,12 @@ class Summary:
     def counterparts(self) -> tuple[np.ndarray, np.ndarray]:
         """[Lt, Nt]: overlap of the student's head that is most like each of the teacher's, and whether it is a counterpart."""
         best = self.attention.max(axis=(0, 1))
-        even = self.measured.uniform.sum(axis=0, dtype=np.float64) / self.lengths.sum()
-        return best, (best > COUNTERPART) & (best > even + ABOVE_EVEN)
+        return best, (best > COUNTERPART) & (best > self.even + ABOVE_EVEN)
+
+    @cached_property
+    def even(self) -> np.ndarray:
+        """[Lt, Nt], mean overlap of the teacher's heads with attention that is equal on all keys."""
+        return self.measured.uniform.sum(axis=0, dtype=np.float64) / self.lengths.sum()
 
     @cached_property
     def relation_layer(self) -> int:
@@ -78,9 +83,9 @@ class Summary:
         return int(self.relations[:, :, -1].mean(axis=(0, 1)).argmax()) + 1
 
     @cached_property
-    def nearest(self) -> np.ndarray:
+    def nearest(self) -> list[int]:
         """The teacher's layer of the highest CKA for each layer 0..Ls of the student."""
-        return self.measured.cka.argmax(axis=1)
+        return self.measured.cka.argmax(axis=1).tolist()
 
     def breakdown(self, group: str, member: np.ndarray) -> dict[str, float | None]:
         """The columns of BREAKDOWN for the rows of `member` [N]."""
@@ -128,7 +133,7 @@ class Summary:
             "attention_heads": matched.size,
             "attention_heads_with_counterpart": int(matched.sum()),
             "attention_best_overlap": best.mean(),
-            "attention_even_overlap": self.measured.uniform.sum() / self.lengths.sum() / matched.size,
+            "attention_even_overlap": self.even.mean(),
             "similarity_cls": self.everything["CLS similarity"],
             "similarity_mean": self.everything["mean similarity"],
         }
@@ -142,7 +147,7 @@ class Summary:
         layers = []
         for layer in range(1, self.num_layers[0] + 1):
             nearest = self.nearest[layer]
-            row: list[Any] = [layer, int(nearest), _rounded(self.measured.cka[layer, nearest])]
+            row: list[Any] = [layer, nearest, _rounded(self.measured.cka[layer, nearest])]
             for kind in range(len(RELATIONS)):
                 of_teacher = self.relations[kind, :, layer - 1].mean(axis=0)
                 best = int(of_teacher.argmax())
@@ -151,12 +156,15 @@ class Summary:
         columns = ["student layer", "nearest by CKA", "CKA"]
         columns += [f"{kind}: {what}" for kind in RELATIONS for what in ("nearest", "overlap", "KL")]
         best, matched = self.counterparts
-        heads = [[layer + 1, int(matched[layer].sum()), matched.shape[1], _rounded(best[layer].mean())] for layer in range(len(matched))]
+        heads = [
+            [layer + 1, int(matched[layer].sum()), matched.shape[1], _rounded(best[layer].mean()), _rounded(self.even[layer].mean())]
+            for layer in range(len(matched))
+        ]
         found = [
             {"title": "Layers", "columns": columns, "rows": layers},
             {
                 "title": "Attention heads of the teacher",
-                "columns": ["teacher layer", "with a counterpart", "heads", "overlap"],
+                "columns": HEAD_COLUMNS,
                 "rows": heads,
             },
         ]

@@ -2,7 +2,7 @@
 
 from jaxdistill.tasks.catalogue import GLUE, TASKS, Split, Task, find_tasks
 from jaxdistill.tasks.read import MissingSplit, Rows, read_split
-from jaxdistill.tasks.scores import score
+from jaxdistill.tasks.scores import reported, score, shown_scores
 from jaxdistill.tasks.tokens import TaskTokens, encode_rows, packed_batch, row_length
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "find_tasks",
     "packed_batch",
     "read_split",
+    "reported",
     "row_length",
     "score",
+    "shown_scores",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -46,3 +47,23 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
         found[name] = float(value)
     assert all(map(math.isfinite, found.values()))
     return found
+
+
+def shown_scores(scores: dict[str, dict[str, float]]) -> str:
+    """Of each split and metric, in percent."""
+    several = len(scores) > 1
+    return ", ".join(
+        (f"{split} " if several else "") + " ".join(f"{metric} {100 * value:.1f}" for metric, value in values.items())
+        for split, values in scores.items()
+    )
+
+
+def reported(entry: dict[str, Any], task: Task, split: str, metric: str) -> list[float]:
+    """One value for each seed: its only run's, or of a grid that of the run that is best on the dev set."""
+    by_seed: dict[Any, list[dict]] = {}
+    for run in entry["runs"]:
+        if split in run["scores"]:
+            by_seed.setdefault(run["seed"], []).append(run)
+    dev = next((name for name in task.tests if all(name in run["scores"] for runs in by_seed.values() for run in runs)), split)
+    chosen = [max(runs, key=lambda run: run["scores"][dev][task.metrics[0]]) for runs in by_seed.values()]
+    return [run["scores"][split][metric] for run in chosen]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 from tiny_models import tiny_config, write_model
 from tiny_texts import BERT_SPECIAL, make_texts, wordpiece, write_folder
-
-from jaxdistill.cli import main
 
 
 @dataclass(frozen=True)
@@ -64,18 +61,3 @@ def ground_with_head(ground) -> Ground:
     teacher = write_folder(ground.teacher.with_name("teacher_with_head"), backend, BERT_SPECIAL)
     write_model(teacher, tiny_config(vocab_size=backend.get_vocab_size(), num_layers=4, max_position_embeddings=64), mlm=True)
     return Ground(teacher, ground.text)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxdistill", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return run

@@ -22,7 +22,7 @@ from jaxdistill.shapes import Array, Bool, Float, Int, Num
 
 RELATIONS = ("query", "key", "value")
 MOST_RELATION_HEADS = 12
-BATCH_SLOTS = 16 * 128 * 128  # rows x length x length of a batch: what the attention maps of all layers take
+BATCH_SLOTS = 4 * 128 * 128  # rows x length x length of a batch: 12 layers of 12 heads are 38 MB, and about 20 such arrays live
 PLACES = 128  # masked places whose logits are there at once: 128 MB of XLM-R's vocabulary
 MLM_COUNTS = ("places", "top1", "top5", "teacher_right", "student_right")
 

@@ -1,12 +1,14 @@
-"""The tiny tokenizers, loaded once."""
+"""Fixtures of several rooms: the tiny tokenizers, loaded once; the command line in this process; no network."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_texts import BERT_SPECIAL, ROBERTA_SPECIAL, byte_level_bpe, unigram, wordpiece, write_folder
 
+from jaxdistill.cli import main
 from jaxdistill.data import TextTokenizer, load_tokenizer
 
 
@@ -41,3 +43,18 @@ def no_network(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxdistill", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run

@@ -1,20 +1,13 @@
-"""Fine-tuning an encoder on a task: the step, and one training from the first batch to scores.
-
-Texts are packed into rows, so that hardly any padding is computed; each text sees itself alone, and a batch is the same
-examples as anywhere else. Of the word embeddings only those rows are trained that the task's texts use: the others have no
-gradient, and AdamW moves them by weight decay alone, which is made up for at the end.
-"""
+"""Training one model on one task, from the first batch to scores."""
 
 from __future__ import annotations
 
-import dataclasses
-import zlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,15 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdistill.config import Protocol
 from jaxdistill.data import RowOrder
 from jaxdistill.errors import DivergedError
-from jaxdistill.features import Feature
-from jaxdistill.models import EncoderConfig, forward, init_params, label_logits
-from jaxdistill.optimizer import decay_mask
-from jaxdistill.row_keys import RowKeys
+from jaxdistill.finetune import step as steps
+from jaxdistill.finetune.step import Batch, Settings, start_params, with_all_words, with_words
 from jaxdistill.sharding import rows_sharding, tree_shardings
 from jaxdistill.tasks import Task, TaskTokens, packed_batch, score
-from jaxdistill.train_step import precision
 
-Batch = dict  # input_ids, token_type_ids, segment_ids [R, S]; row, slot, labels, weight [B]; with seeds a leading axis K
 PREDICTED_TOGETHER = 64  # examples
 
 
@@ -61,117 +50,6 @@ class Cell:
     seed: int
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the step's code depends on; hashable, so that equal models share one compilation."""
-
-    model: EncoderConfig
-    dtype: str
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-
-    @classmethod
-    def create(cls, model: EncoderConfig, dtype: str, protocol: Protocol) -> Settings:
-        return cls(model, dtype, protocol.b1, protocol.b2, protocol.eps, protocol.weight_decay, protocol.clip_norm)
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW without its learning rate, which is an argument of the step."""
-        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
-        adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
-        return optax.chain(clip, adam, optax.add_decayed_weights(self.weight_decay, mask=decay_mask))
-
-
-def predict(settings: Settings, params: dict, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-    """Logits [B, C] in float32; with a key, under dropout."""
-    config = settings.model
-    last = Feature("hidden", config.num_layers)
-    segments = batch["segment_ids"]
-    dropout = None if key is None else RowKeys.create(key, jnp.arange(segments.shape[0], dtype=jnp.uint32))
-    hidden = forward(
-        config, params, batch["input_ids"], (segments > 0).astype(jnp.int32), batch["token_type_ids"], segments,
-        features=frozenset({last}), dropout=dropout, dtype=settings.dtype,
-    )[last]  # fmt: skip
-    first = hidden[batch["row"], batch["slot"]]
-    if key is not None:
-        dropout = RowKeys.create(jax.random.fold_in(key, 1), jnp.arange(first.shape[0], dtype=jnp.uint32))
-    return label_logits(config, params, first, dropout=dropout, dtype=settings.dtype)
-
-
-def example_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """[B]: cross entropy in nats of [B, C] logits, or the squared error of a regression (C = 1, float labels)."""
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        return (logits[:, 0] - labels) ** 2
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def finetune_step(settings: Settings, params: dict, optimizer: optax.OptState, batch: Batch, rate, seed, step):
-    """One update; returns the parameters, the optimizer state and the mean loss over the batch's examples."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"dropout")), step)
-
-    def loss(params):
-        losses = example_losses(predict(settings, params, batch, key), batch["labels"])
-        return jnp.sum(losses * batch["weight"]) / jnp.sum(batch["weight"])
-
-    value, gradients = jax.value_and_grad(loss)(params)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of int32 counters
-        updates, optimizer = settings.optimizer.update(gradients, optimizer, params)
-    return jax.tree.map(lambda p, u: p - rate * u, params, updates), optimizer, value
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def _train(settings: Settings, params, optimizer, batch, rate, seed, step):
-    with precision(settings.dtype):
-        return finetune_step(settings, params, optimizer, batch, rate, seed, step)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def _train_seeds(settings: Settings, params, optimizer, batch, rate, seed, step):
-    with precision(settings.dtype):
-        return jax.vmap(partial(finetune_step, settings), in_axes=(0, 0, 0, None, 0, None))(params, optimizer, batch, rate, seed, step)
-
-
-@partial(jax.jit, static_argnums=0)
-def _predict(settings: Settings, params, batch):
-    with precision(settings.dtype):
-        return predict(settings, params, batch)
-
-
-@partial(jax.jit, static_argnums=0)
-def _predict_seeds(settings: Settings, params, batch):
-    with precision(settings.dtype):
-        return jax.vmap(partial(predict, settings), in_axes=(0, None))(params, batch)
-
-
-def start_params(config: EncoderConfig, params: dict, seed: int) -> dict:
-    """The encoder with a new classification head for `config.labels`, and BERT's pooler where the model has none."""
-    heads = jax.jit(partial(_heads, config))(jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"classification head")))
-    pooler = {"pooler": params.get("pooler", heads.get("pooler"))} if config.family == "bert" else {}
-    return {"embeddings": params["embeddings"], "layers": params["layers"], "classifier": heads["classifier"]} | pooler
-
-
-def _heads(config: EncoderConfig, key: jax.Array) -> dict:
-    small = dataclasses.replace(config, num_layers=0, vocab_size=1)
-    return {name: value for name, value in init_params(small, key, classifier=True).items() if name in ("pooler", "classifier")}
-
-
-def with_words(params: dict, vocabulary: np.ndarray, divisor: int) -> dict:
-    """The parameters with these rows of the word embeddings alone, and rows of zeros up to a multiple of `divisor`."""
-    table = np.asarray(params["embeddings"]["word"]["embedding"])[vocabulary]
-    table = np.pad(table, ((0, -len(table) % divisor), (0, 0)))
-    return params | {"embeddings": params["embeddings"] | {"word": {"embedding": table}}}
-
-
-def with_all_words(params: dict, before: dict, vocabulary: np.ndarray, decayed: float) -> dict:
-    """The parameters with the whole table again. `decayed`: what weight decay left of the rows that were not trained."""
-    table = np.asarray(before["embeddings"]["word"]["embedding"], np.float32) * np.float32(decayed)
-    table[vocabulary] = np.asarray(params["embeddings"]["word"]["embedding"])[: len(vocabulary)]
-    return params | {"embeddings": params["embeddings"] | {"word": {"embedding": table}}}
-
-
 class Trainer:
     """Trains one model on one task, for one or more seeds at once."""
 
@@ -186,7 +64,7 @@ class Trainer:
 
     def rates(self, cell: Cell) -> np.ndarray:
         """Learning rate of every update: a linear warmup, then a linear decay that ends at 0 after the last one (transformers')."""
-        steps, warmup = self.num_steps(cell), round(self.protocol.warmup * self.num_steps(cell))
+        steps, warmup = self.num_steps(cell), math.ceil(self.protocol.warmup * self.num_steps(cell))
         done = np.arange(steps)
         ramp = np.minimum(done / max(warmup, 1), 1.0) if warmup else np.ones(steps)
         return (cell.learning_rate * np.minimum(ramp, (steps - done) / max(steps - warmup, 1))).astype(np.float32)
@@ -200,7 +78,8 @@ class Trainer:
         """
         cell, together = cells[0], len(cells) > 1
         params, optimizer = self._start(cells)
-        step_fn, rates, seeds = (_train_seeds if together else _train), self.rates(cell), np.array([cell.seed for cell in cells], np.int32)
+        step_fn, rates = steps.train_seeds if together else steps.train, self.rates(cell)
+        seeds = np.array([cell.seed for cell in cells], np.int32)
         per_epoch, before = self.num_steps(cell) // cell.epochs, None
         for step, batch in enumerate(self._batches(cells)):
             arguments = (batch, rates[step], seeds if together else seeds[0], np.int32(step))
@@ -258,7 +137,7 @@ class Trainer:
     def logits(self, params: dict, split: str, *, together: bool = False) -> np.ndarray:
         """Of every example of a test split in its order: [n, C], or [K, n, C] with the parameters of several seeds."""
         tokens = self.data.tests[split]
-        function = _predict_seeds if together else _predict
+        function = steps.predict_seeds if together else steps.predict_one
         found = []
         for start in range(0, len(tokens), PREDICTED_TOGETHER):
             chosen = np.arange(start, min(start + PREDICTED_TOGETHER, len(tokens)))

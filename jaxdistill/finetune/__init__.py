@@ -1,0 +1,37 @@
+"""Fine-tuning an encoder on a task."""
+
+from jaxdistill.finetune.inputs import (
+    Evaluated,
+    TaskRows,
+    cells_of,
+    check_head,
+    read_task,
+    read_tasks,
+    resolve_models,
+    task_data,
+    trainer_of,
+)
+from jaxdistill.finetune.model import finetune
+from jaxdistill.finetune.step import Settings, finetune_step, start_params, with_all_words, with_words
+from jaxdistill.finetune.trainer import Cell, TaskData, Trainer
+
+__all__ = [
+    "Cell",
+    "Evaluated",
+    "Settings",
+    "TaskData",
+    "TaskRows",
+    "Trainer",
+    "cells_of",
+    "check_head",
+    "finetune",
+    "finetune_step",
+    "read_task",
+    "read_tasks",
+    "resolve_models",
+    "start_params",
+    "task_data",
+    "trainer_of",
+    "with_all_words",
+    "with_words",
+]
