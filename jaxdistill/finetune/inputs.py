@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill import results
 from jaxdistill.config import EvaluationConfig, Protocol
-from jaxdistill.data import RowOrder, TextTokenizer, check_tokenizer, load_tokenizer
+from jaxdistill.data import TextTokenizer, check_tokenizer, load_tokenizer
 from jaxdistill.errors import InputError
 from jaxdistill.finetune.step import Settings
 from jaxdistill.finetune.trainer import Cell, TaskData, Trainer
@@ -96,10 +96,8 @@ def task_data(rows: TaskRows, model: Evaluated, config: EvaluationConfig) -> Tas
     """A task in a model's tokens."""
     task, train = rows.task, rows.train
     available = len(train) if train else 0
-    limit = config.protocol.train_limit
-    if train and limit and limit < available:  # the same rows for every model and seed
-        chosen = np.sort(RowOrder((available,), None, 0).rows(np.arange(limit)))
-        train = Rows(tuple([column[i] for i in chosen] for column in train.texts), train.labels[chosen])
+    if train and config.protocol.train_limit:  # the same rows for every model and seed
+        train = train.sample(config.protocol.train_limit)
     encode = partial(encode_rows, tokenizer=model.tokenizer, family=model.config.family, max_length=config.protocol.max_length)
     tokens = {split: encode(test) for split, test in rows.tests.items()}
     trained = encode(train) if train else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,7 @@ class Trainer:
 
     def rates(self, cell: Cell) -> np.ndarray:
         """Learning rate of every update: a linear warmup, then a linear decay that ends at 0 after the last one (transformers')."""
-        steps, warmup = self.num_steps(cell), round(self.protocol.warmup * self.num_steps(cell))
+        steps, warmup = self.num_steps(cell), math.ceil(self.protocol.warmup * self.num_steps(cell))
         done = np.arange(steps)
         ramp = np.minimum(done / max(warmup, 1), 1.0) if warmup else np.ones(steps)
         return (cell.learning_rate * np.minimum(ramp, (steps - done) / max(steps - warmup, 1))).astype(np.float32)

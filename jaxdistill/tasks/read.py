@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxdistill.data import RowOrder
 from jaxdistill.errors import InputError
 from jaxdistill.tasks.catalogue import Split, Task
 
@@ -29,6 +30,13 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def sample(self, limit: int) -> Rows:
+        """At most this many rows, a random subset that is always the same, in the order of the file."""
+        if limit >= len(self):
+            return self
+        chosen = np.sort(RowOrder((len(self),), None, 0).rows(np.arange(limit)))
+        return replace(self, texts=tuple([column[i] for i in chosen] for column in self.texts), labels=self.labels[chosen])
 
 
 def read_split(task: Task, split: Split, data: str | None = None) -> Rows:
