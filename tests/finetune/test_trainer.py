@@ -17,9 +17,9 @@ from jaxdistill.tasks import TASKS, TaskTokens, packed_batch
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
-def make_tokens(config, count: int, seed: int, *, regression: bool = False, longest: int = 14) -> TaskTokens:
+def make_tokens(config, count: int, seed: int, *, regression: bool = False, sizes: tuple[int, int] = (3, 14)) -> TaskTokens:
     rng = np.random.default_rng(seed)
-    ids = [rng.integers(5, config.vocab_size, size).astype(np.int32) for size in rng.integers(3, longest, count)]
+    ids = [rng.integers(5, config.vocab_size, size).astype(np.int32) for size in rng.integers(*sizes, count)]
     types = [(np.arange(len(each)) > 3).astype(np.int32) * (config.family == "bert") for each in ids]
     labels = rng.uniform(0, 5, count).astype(np.float32) if regression else rng.integers(0, 2, count).astype(np.int32)
     return TaskTokens(ids, types, labels)
@@ -61,10 +61,10 @@ def test_a_padded_example_has_no_gradient():
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
-def tiny_data(config, *, regression: bool = False, train: int = 22) -> TaskData:
-    """Words of the train and the test split within the vocabulary, as ids within it."""
+def tiny_data(config, *, regression: bool = False, train: int = 24) -> TaskData:
+    """Words of the train and the test split within the vocabulary, as ids within it. Two texts fill a row: one shape to compile."""
     task = TASKS["stsb" if regression else "mrpc"]
-    parts = [make_tokens(config, count, seed, regression=regression) for count, seed in ((train, 2), (12, 3))]
+    parts = [make_tokens(config, count, seed, regression=regression, sizes=(6, 9)) for count, seed in ((train, 2), (12, 3))]
     vocabulary = np.unique(np.concatenate([ids for part in parts for ids in part.ids]))
     within = [dataclasses.replace(part, ids=[np.searchsorted(vocabulary, i).astype(np.int32) for i in part.ids]) for part in parts]
     return TaskData(task, within[0], {"validation": within[1]}, vocabulary, 16, train)
@@ -163,7 +163,7 @@ def test_rates_are_those_of_transformers(config):
 
 
 def test_every_epoch_reads_every_example_once(config):
-    data = tiny_data(config)
+    data = tiny_data(config, train=22)
     trainer = make_trainer(config, data)
     seen: list[np.ndarray] = []
     for batch in trainer._batches([CELL]):
