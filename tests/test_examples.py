@@ -35,7 +35,7 @@ def test_finetune_pytorch(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
     }
     finished = subprocess.run(
-        [sys.executable, script, "student", *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, script, "student", *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"^stsb validation: pearson -?\d+\.\d, spearman -?\d+\.\d$", finished.stdout, re.MULTILINE), finished.stdout
