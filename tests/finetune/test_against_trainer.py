@@ -20,7 +20,7 @@ EXAMPLES, BATCH, EPOCHS, SEED = 11, 4, 2, 3  # the last batch of an epoch is not
 
 def task_data(config, task) -> TaskData:
     rng = np.random.default_rng(0)
-    ids = [rng.integers(5, config.vocab_size // 2, length).astype(np.int32) for length in rng.integers(4, 14, EXAMPLES)]
+    ids = [rng.integers(5, config.vocab_size // 2, length).astype(np.int32) for length in rng.integers(4, 8, EXAMPLES)]  # a batch is one row
     types = [(np.arange(len(each)) > 3).astype(np.int32) * (config.family == "bert") for each in ids]
     labels = rng.uniform(0, 5, EXAMPLES).astype(np.float32) if task.range else np.arange(EXAMPLES, dtype=np.int32) % 2
     vocabulary = np.unique(np.concatenate(ids))
@@ -87,7 +87,7 @@ def train_in_torch(folder, batches: list[dict], cell: Cell, protocol: Protocol) 
 
 CASES = {  # clip_norm: between the norms of the gradients, so that some are clipped and some are not
     "bert, classes": ("bert", "rte", {"clip_norm": 1.5}),
-    "bert, regression, warmup and decay": ("bert", "stsb", {"clip_norm": 20.0, "weight_decay": 0.1, "warmup": 0.4}),
+    "bert, regression, warmup and decay": ("bert", "stsb", {"clip_norm": 30.0, "weight_decay": 0.1, "warmup": 0.4}),
     "roberta, classes, warmup and decay": ("roberta", "rte", {"clip_norm": 0.3, "weight_decay": 0.1, "warmup": 0.4}),
     "roberta, regression": ("roberta", "stsb", {"clip_norm": 7.0}),
 }
@@ -96,7 +96,7 @@ CASES = {  # clip_norm: between the norms of the gradients, so that some are cli
 @pytest.mark.parametrize("family, task, protocol", CASES.values(), ids=CASES)
 def test_same_training(family, task, protocol, tmp_path):
     task = TASKS[task]
-    config = tiny_config(family, num_layers=2, hidden_dropout=0.0, attention_dropout=0.0, labels=task.labels or ("score",))
+    config = tiny_config(family, num_layers=1, hidden_dropout=0.0, attention_dropout=0.0, labels=task.labels or ("score",))
     # A key's bias has no gradient but rounding, which Adam would make an update of under its usual eps.
     protocol = Protocol.model_validate(protocol | {"eps": 1e-5})
     cell, params = Cell(1e-3, BATCH, EPOCHS, SEED), random_params(config, pooler=family == "bert")
