@@ -81,11 +81,11 @@ def train_jax(options: str, task: str, seed: int) -> dict:
     """One training: times, and logits of the dev set."""
     import jax
 
-    from jaxdistill.finetune import Cell
+    from jaxdistill.finetune import Training
 
     trainer, compiled, values = jax_trainer(options, task), compilations(), json.loads(options)
     compiled.clear()
-    cell, result = Cell(values["learning_rate"], values["batch_size"], values["epochs"], seed), {}
+    cell, result = Training(values["learning_rate"], values["batch_size"], values["epochs"], seed), {}
     ticks = [time.perf_counter()]
     with measured(result):
         params = trainer.train([cell], None, lambda step, loss: ticks.append(time.perf_counter()))

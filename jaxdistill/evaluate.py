@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import jax
 
 from jaxdistill import results
+from jaxdistill.compare.cells import Cell, read_cells
 from jaxdistill.config import EvaluationConfig, Protocol
 from jaxdistill.errors import InputError
 from jaxdistill.finetune import (
-    Cell,
     Evaluated,
     TaskData,
     TaskRows,
     Trainer,
+    Training,
     cells_of,
     check_head,
     read_tasks,
@@ -37,7 +37,7 @@ from jaxdistill.finetune import (
 from jaxdistill.models import EncoderConfig, load_pretrained
 from jaxdistill.progress import Progress, choose_progress, duration
 from jaxdistill.report import print_table, summary_table
-from jaxdistill.tasks import Task, find_tasks, reported, shown_scores
+from jaxdistill.tasks import TASKS, Task, find_tasks, shown_scores
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "scikit-learn", "scipy")
 
@@ -103,7 +103,7 @@ def score_model(
         done = {tuple(run[field] for field in ("learning_rate", "batch_size", "epochs", "seed")) for run in entry["runs"]}
         cells = [cell for cell in cells_of(config.protocol, task) if dataclasses.astuple(cell) not in done]
         if not config.train:
-            cells = [] if entry["runs"] else [Cell(0.0, 0, 0, 0)]
+            cells = [] if entry["runs"] else [Training(0.0, 0, 0, 0)]
         section["missing"].pop(task.name, None)
         if not cells:
             print(f"{model.name}: {task.title} is done already")
@@ -119,7 +119,7 @@ def score_model(
     return path
 
 
-def seed_groups(cells: list[Cell], together: bool) -> list[list[Cell]]:
+def seed_groups(cells: list[Training], together: bool) -> list[list[Training]]:
     """Cells that are trained at once: those that differ by their seed alone."""
     if not together:
         return [[cell] for cell in cells]
@@ -128,7 +128,7 @@ def seed_groups(cells: list[Cell], together: bool) -> list[list[Cell]]:
 
 
 def trained_cells(
-    model: Evaluated, loaded: tuple[EncoderConfig, dict], data: TaskData, cells: list[Cell], config: EvaluationConfig
+    model: Evaluated, loaded: tuple[EncoderConfig, dict], data: TaskData, cells: list[Training], config: EvaluationConfig
 ) -> Iterator[list[dict[str, Any]]]:
     """The runs of results, as they are finished."""
     trainer = trainer_of(model, loaded, data, config)
@@ -160,7 +160,7 @@ def trained_cells(
                 progress.say(f"{model.name}: {data.task.title}, seed {run['seed']}: {shown_scores(run['scores'])} ({took})")
 
 
-def run_group(trainer: Trainer, group: list[Cell], protocol: Protocol, progress: Progress, done: int) -> list[dict[str, Any]]:
+def run_group(trainer: Trainer, group: list[Training], protocol: Protocol, progress: Progress, done: int) -> list[dict[str, Any]]:
     """Train and score the seeds of a group; under `report: best` after every epoch, and the best on the dev set counts."""
     together, start, task = len(group) > 1, time.monotonic(), trainer.data.task
     best: list[dict[str, Any]] = [{} for _ in group]
@@ -184,20 +184,17 @@ def run_group(trainer: Trainer, group: list[Cell], protocol: Protocol, progress:
 def print_scores(files: list[Path], tasks: tuple[Task, ...], config: EvaluationConfig) -> None:
     """The main metric of each task and split: mean and standard deviation over the seeds, in percent."""
     found = [results.read_result(path) for path in files]
-
-    def values(value: dict[str, Any], task: Task, split: str) -> list[float]:
-        entry = value["scores"]["tasks"].get(task.name)
-        return reported(entry, task, split, task.metrics[0]) if entry else []
-
-    columns = [(task, split) for task in tasks for split in task.tests if any(values(value, task, split) for value in found)]
-    rows = []
-    for value in found:
-        cells = [values(value, task, split) for task, split in columns]
-        rows.append([value["name"], *(mean_and_deviation(cell) if cell else "-" for cell in cells)])
-    several = {task.name for task, _ in columns if sum(other is task for other, _ in columns) > 1}
-    titles = [" ".join([task.title, *([split] if task.name in several else []), task.metrics[0]]) for task, split in columns]
+    scored = [read_cells(value["scores"], str(path))[0] for value, path in zip(found, files, strict=True)]
+    keys = [(task.name, split, task.metrics[0]) for task in tasks for split in task.tests]
+    keys = [key for key in keys if any(key in cells for cells in scored)]
+    rows = [[value["name"], *(shown(cells.get(key)) for key in keys)] for value, cells in zip(found, scored, strict=True)]
+    several = {task for task, _, _ in keys if sum(other == task for other, _, _ in keys) > 1}
+    titles = [" ".join([TASKS[task].title, *([split] if task in several else []), metric]) for task, split, metric in keys]
     print_table(summary_table(rows, ["model", *titles], f"Scores, protocol {config.protocol.name} ({config.results})"))
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+def shown(cell: Cell | None) -> str:
+    """Mean and deviation in percent."""
+    if cell is None:
+        return "-"
+    return f"{cell.mean:.1f}" + ("" if cell.deviation is None else f" ± {cell.deviation:.1f}")

@@ -13,15 +13,15 @@ from jaxdistill.finetune.inputs import (
 )
 from jaxdistill.finetune.model import finetune
 from jaxdistill.finetune.step import Settings, finetune_step, start_params, with_all_words, with_words
-from jaxdistill.finetune.trainer import Cell, TaskData, Trainer
+from jaxdistill.finetune.trainer import TaskData, Trainer, Training
 
 __all__ = [
-    "Cell",
     "Evaluated",
     "Settings",
     "TaskData",
     "TaskRows",
     "Trainer",
+    "Training",
     "cells_of",
     "check_head",
     "finetune",

@@ -17,7 +17,7 @@ from jaxdistill.config import EvaluationConfig, Protocol
 from jaxdistill.data import TextTokenizer, check_tokenizer, load_tokenizer
 from jaxdistill.errors import InputError
 from jaxdistill.finetune.step import Settings
-from jaxdistill.finetune.trainer import Cell, TaskData, Trainer
+from jaxdistill.finetune.trainer import TaskData, Trainer, Training
 from jaxdistill.models import EncoderConfig, find_model, load_config
 from jaxdistill.sharding import create_mesh
 from jaxdistill.tasks import MissingSplit, Rows, Task, encode_rows, read_split, row_length
@@ -142,10 +142,10 @@ def check_head(model: Evaluated, tasks: list[Task]) -> None:
             )
 
 
-def cells_of(protocol: Protocol, task: Task) -> list[Cell]:
+def cells_of(protocol: Protocol, task: Task) -> list[Training]:
     """Every training of a task: the grid, each with every seed."""
     grid = itertools.product(protocol.learning_rates, protocol.batch_sizes)
-    return [Cell(rate, size, protocol.epochs_for(task.name), seed) for rate, size in grid for seed in protocol.seeds]
+    return [Training(rate, size, protocol.epochs_for(task.name), seed) for rate, size in grid for seed in protocol.seeds]
 
 
 def trainer_of(model: Evaluated, loaded: tuple[EncoderConfig, dict], data: TaskData, config: EvaluationConfig) -> Trainer:

@@ -13,7 +13,7 @@ from jaxdistill.config import EvaluationConfig
 from jaxdistill.errors import InputError
 from jaxdistill.export import export_student
 from jaxdistill.finetune.inputs import Evaluated, cells_of, read_task, resolve_models, task_data, trainer_of
-from jaxdistill.finetune.trainer import Cell, TaskData, Trainer
+from jaxdistill.finetune.trainer import TaskData, Trainer, Training
 from jaxdistill.models import EncoderConfig, load_pretrained
 from jaxdistill.progress import choose_progress
 from jaxdistill.tasks import find_tasks, shown_scores
@@ -23,7 +23,7 @@ from jaxdistill.tasks import find_tasks, shown_scores
 class _Best:
     """The best parameters on the dev set so far, whole and on the host."""
 
-    cell: Cell
+    cell: Training
     epoch: int
     scores: dict[str, dict[str, float]]
     params: dict
@@ -69,7 +69,7 @@ def train_grid(trainer: Trainer, config: EvaluationConfig, name: str) -> _Best:
     cells = [cell for cell in cells_of(protocol, data.task) if cell.seed == protocol.seeds[0]]
     best: list[_Best] = []
 
-    def keep(cell: Cell) -> Callable[[int, dict], None]:
+    def keep(cell: Training) -> Callable[[int, dict], None]:
         def each_epoch(epoch: int, params: dict) -> None:
             scores = {split: trainer.scores(params, split)[0] for split in data.tests}
             main = data.task.metrics[0]

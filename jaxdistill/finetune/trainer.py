@@ -41,7 +41,7 @@ class TaskData:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Training:
     """Hyperparameters of one training."""
 
     learning_rate: float
@@ -59,17 +59,19 @@ class Trainer:
         self._given = params
         self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def num_steps(self, cell: Cell) -> int:
+    def num_steps(self, cell: Training) -> int:
         return -(-len(self.data.train) // cell.batch_size) * cell.epochs
 
-    def rates(self, cell: Cell) -> np.ndarray:
+    def rates(self, cell: Training) -> np.ndarray:
         """Learning rate of every update: a linear warmup, then a linear decay that ends at 0 after the last one (transformers')."""
         steps, warmup = self.num_steps(cell), math.ceil(self.protocol.warmup * self.num_steps(cell))
         done = np.arange(steps)
         ramp = np.minimum(done / max(warmup, 1), 1.0) if warmup else np.ones(steps)
         return (cell.learning_rate * np.minimum(ramp, (steps - done) / max(steps - warmup, 1))).astype(np.float32)
 
-    def train(self, cells: Sequence[Cell], each_epoch: Callable[[int, dict], None] | None, progress: Callable[[int, float], None]) -> dict:
+    def train(
+        self, cells: Sequence[Training], each_epoch: Callable[[int, dict], None] | None, progress: Callable[[int, float], None]
+    ) -> dict:
         """Parameters after the last epoch, on the devices; with several cells, which differ by their seed alone, with a leading axis.
 
         Args:
@@ -96,7 +98,7 @@ class Trainer:
             )
         return params
 
-    def _start(self, cells: Sequence[Cell]) -> tuple[dict, optax.OptState]:
+    def _start(self, cells: Sequence[Training]) -> tuple[dict, optax.OptState]:
         given = with_words(self._given, self.data.vocabulary, 256)
         starts = [start_params(self.settings.model, given, cell.seed) for cell in cells]
         together = len(cells) > 1
@@ -109,7 +111,7 @@ class Trainer:
         params = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), params), placed[0])
         return params, jax.jit(init, out_shardings=placed[1])(params)
 
-    def _batches(self, cells: Sequence[Cell]) -> Iterator[Batch]:
+    def _batches(self, cells: Sequence[Training]) -> Iterator[Batch]:
         """Every epoch all examples, in an order that the seed alone decides; the last batch holds what is left."""
         train, size = self.data.train, cells[0].batch_size
         orders = [RowOrder((len(train),), None, cell.seed) for cell in cells]
@@ -153,7 +155,7 @@ class Trainer:
         logits = self.logits(params, split, together=together)
         return [score(self.data.task, each, self.data.tests[split].labels) for each in (logits if together else [logits])]
 
-    def whole(self, params: dict, cell: Cell) -> dict:
+    def whole(self, params: dict, cell: Training) -> dict:
         """Parameters of one seed on the host, with the whole table of words."""
         decayed = float(np.prod(1.0 - self.rates(cell).astype(np.float64) * self.protocol.weight_decay))
         return with_all_words(jax.tree.map(np.asarray, jax.device_get(params)), self._given, self.data.vocabulary, decayed)

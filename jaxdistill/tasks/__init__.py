@@ -2,7 +2,7 @@
 
 from jaxdistill.tasks.catalogue import GLUE, TASKS, Split, Task, find_tasks
 from jaxdistill.tasks.read import MissingSplit, Rows, read_split
-from jaxdistill.tasks.scores import reported, score, shown_scores
+from jaxdistill.tasks.scores import score, shown_scores
 from jaxdistill.tasks.store import TaskStore, find_task, label_names, num_training_rows, open_task
 from jaxdistill.tasks.tokens import TaskTokens, encode_rows, packed_batch, row_length
 
@@ -23,7 +23,6 @@ __all__ = [
     "open_task",
     "packed_batch",
     "read_split",
-    "reported",
     "row_length",
     "score",
     "shown_scores",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -56,14 +55,3 @@ def shown_scores(scores: dict[str, dict[str, float]]) -> str:
         (f"{split} " if several else "") + " ".join(f"{metric} {100 * value:.1f}" for metric, value in values.items())
         for split, values in scores.items()
     )
-
-
-def reported(entry: dict[str, Any], task: Task, split: str, metric: str) -> list[float]:
-    """One value for each seed: its only run's, or of a grid that of the run that is best on the dev set."""
-    by_seed: dict[Any, list[dict]] = {}
-    for run in entry["runs"]:
-        if split in run["scores"]:
-            by_seed.setdefault(run["seed"], []).append(run)
-    dev = next((name for name in task.tests if all(name in run["scores"] for runs in by_seed.values() for run in runs)), split)
-    chosen = [max(runs, key=lambda run: run["scores"][dev][task.metrics[0]]) for runs in by_seed.values()]
-    return [run["scores"][split][metric] for run in chosen]

@@ -9,18 +9,20 @@ from tiny_models import random_params, tiny_config
 
 from jaxdistill.config import MeshConfig, Protocol
 from jaxdistill.data import RowOrder
-from jaxdistill.finetune import Cell, Settings, TaskData, Trainer, start_params
+from jaxdistill.finetune import Settings, TaskData, Trainer, Training, start_params
 from jaxdistill.models import load_pretrained, save_pretrained
 from jaxdistill.sharding import create_mesh
 from jaxdistill.tasks import TASKS, TaskTokens
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("compiled_once")]
-EXAMPLES, BATCH, EPOCHS, SEED = 11, 4, 2, 3  # the last batch of an epoch is not full
+EXAMPLES, BATCH, EPOCHS, SEED = 11, 4, 2, 3  # the last batch of an epoch is not full; each is one row
 
 
 def task_data(config, task) -> TaskData:
     rng = np.random.default_rng(0)
-    ids = [rng.integers(5, config.vocab_size // 2, length).astype(np.int32) for length in rng.integers(4, 8, EXAMPLES)]  # a batch is one row
+    ids = [
+        rng.integers(5, config.vocab_size // 2, length).astype(np.int32) for length in rng.integers(4, 8, EXAMPLES)
+    ]  # a batch is one row
     types = [(np.arange(len(each)) > 3).astype(np.int32) * (config.family == "bert") for each in ids]
     labels = rng.uniform(0, 5, EXAMPLES).astype(np.float32) if task.range else np.arange(EXAMPLES, dtype=np.int32) % 2
     vocabulary = np.unique(np.concatenate(ids))
@@ -52,7 +54,7 @@ def torch_batches(config, data: TaskData) -> list[dict]:
     return batches
 
 
-def train_in_torch(folder, batches: list[dict], cell: Cell, protocol: Protocol) -> list[dict]:
+def train_in_torch(folder, batches: list[dict], cell: Training, protocol: Protocol) -> list[dict]:
     """Losses and gradient norms of the updates; the model goes to `folder`/tuned."""
     import torch
     import transformers
@@ -99,7 +101,7 @@ def test_same_training(family, task, protocol, tmp_path):
     config = tiny_config(family, num_layers=1, hidden_dropout=0.0, attention_dropout=0.0, labels=task.labels or ("score",))
     # A key's bias has no gradient but rounding, which Adam would make an update of under its usual eps.
     protocol = Protocol.model_validate(protocol | {"eps": 1e-5})
-    cell, params = Cell(1e-3, BATCH, EPOCHS, SEED), random_params(config, pooler=family == "bert")
+    cell, params = Training(1e-3, BATCH, EPOCHS, SEED), random_params(config, pooler=family == "bert")
     save_pretrained(tmp_path, config, jax.tree.map(np.asarray, start_params(config, params, SEED)), head="classifier")
     data = task_data(config, task)
     logs = train_in_torch(tmp_path, torch_batches(config, data), cell, protocol)

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import FAMILIES, random_params, tiny_config
 
 from jaxdistill.config import MeshConfig, Protocol
-from jaxdistill.finetune import Cell, Settings, TaskData, Trainer, finetune_step, start_params
+from jaxdistill.finetune import Settings, TaskData, Trainer, Training, finetune_step, start_params
 from jaxdistill.finetune.step import predict
 from jaxdistill.sharding import create_mesh
 from jaxdistill.tasks import TASKS, TaskTokens, packed_batch
@@ -77,12 +77,12 @@ def make_trainer(config, data, protocol=None, devices: int = 1, **mesh) -> Train
     return Trainer(settings, data, params, protocol, create_mesh(MeshConfig(**mesh), jax.devices()[:devices]))
 
 
-def trained(trainer: Trainer, cells: list[Cell]) -> tuple[dict, list[float]]:
+def trained(trainer: Trainer, cells: list[Training]) -> tuple[dict, list[float]]:
     losses: list[float] = []
     return trainer.train(cells, None, lambda step, loss: losses.append(loss)), losses
 
 
-CELL = Cell(learning_rate=2e-3, batch_size=8, epochs=2, seed=3)
+CELL = Training(learning_rate=2e-3, batch_size=8, epochs=2, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_it_learns(regression):
         parts.append(TaskTokens(ids, types, answers.astype(np.float32) * 5 if regression else answers.astype(np.int32)))
     data = dataclasses.replace(data, train=parts[0], tests={"validation": parts[1]})
     trainer = make_trainer(config, data, Protocol())
-    params, losses = trained(trainer, [Cell(3e-3, 16, 12, 0)])
+    params, losses = trained(trainer, [Training(3e-3, 16, 12, 0)])
     scores = trainer.scores(params, "validation")[0]
     assert np.mean(losses[-4:]) < 0.3 * np.mean(losses[:4])
     assert next(iter(scores.values())) > 0.9, scores

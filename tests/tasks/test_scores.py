@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from jaxdistill.tasks import GLUE, TASKS, reported, score, shown_scores
+from jaxdistill.tasks import GLUE, TASKS, score, shown_scores
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -53,17 +53,6 @@ def test_a_constant_prediction_scores_nothing_and_warns_nothing():
 def test_a_diverged_model_is_not_scored():
     with pytest.raises(ValueError, match="not finite"):
         score(TASKS["rte"], np.array([[np.nan, 0.0]]), np.array([0]))
-
-
-def run(seed, rate, value, test=0.0):
-    return {"seed": seed, "learning_rate": rate, "scores": {"validation": {"accuracy": value}, "en": {"accuracy": test}}}
-
-
-def test_of_a_grid_each_seed_reports_its_best_on_the_dev_set():
-    entry = {"runs": [run(0, 1e-5, 0.5, 0.9), run(0, 3e-5, 0.7, 0.3), run(1, 1e-5, 0.6, 0.2), run(1, 3e-5, 0.4, 0.8)]}
-    assert reported(entry, TASKS["snli"], "validation", "accuracy") == [0.7, 0.6]
-    assert reported(entry, TASKS["snli"], "en", "accuracy") == [0.3, 0.2]  # chosen on the dev set, not on the test
-    assert reported(entry, TASKS["snli"], "sw", "accuracy") == []
 
 
 def test_shown():
