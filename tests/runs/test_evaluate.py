@@ -17,7 +17,7 @@ from jaxdistill.finetune import Trainer
 from jaxdistill.models import load_pretrained
 from jaxdistill.results import read_result
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.long]
 QUICK = ("protocol.epochs=1", "protocol.batch_sizes=[12]", "protocol.max_length=32", "protocol.epochs_of={}")
 
 

@@ -13,7 +13,7 @@ from tiny_texts import ROBERTA_SPECIAL, byte_level_bpe, make_texts, write_folder
 from jaxdistill.data import load_tokenizer
 from jaxdistill.results import read_result
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.long]
 
 
 def write_student(folder, tokenizer, *, num_layers=2, mlm=False, **shape):

@@ -23,7 +23,7 @@ from jaxdistill.models import forward, load_pretrained
 from jaxdistill.resolve import resolve_stages
 from jaxdistill.tasks import TASKS, label_names, open_task
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.long]
 
 LENGTH, TRAIN, DEV = 24, 42, 13  # one row in three is cut, and the batch of an evaluation is filled up
 KINDS = {"bert": (wordpiece, BERT_SPECIAL), "roberta": (byte_level_bpe, ROBERTA_SPECIAL)}
