@@ -20,7 +20,7 @@ from jaxdistill.parts import BoundTerm
 from jaxdistill.sharding import mesh_shape
 from jaxdistill.stages import Stage, stages_of
 from jaxdistill.students import check_checkpoint, copied_layers, student_config
-from jaxdistill.tasks import Task, find_task, label_names, num_training_rows
+from jaxdistill.tasks import Task, find_task, num_training_rows
 from jaxdistill.train_step import Input, StepSettings, Student, teacher_reads
 
 
@@ -130,7 +130,7 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int | None
     for name, student in config.students.items():
         place = f"{stage.students}.{name}"
         objective, where = (student.objective, f"{place}.objective") if student.objective else (config.objective, stage.objective)
-        labels = label_names(find_task(config.data.task.name)) if config.data.task and reads_labels(objective) else ()
+        labels = find_task(config.data.task.name).outputs if config.data.task and reads_labels(objective) else ()
         shape, warned = student_config(student, teacher.config, dropout=config.training.dropout, where=place, labels=labels)
         head = {"steps": config.training.steps, "teacher_has_mlm_head": teacher.has_mlm_head}
         terms = bind_objective(objective, shape, teacher.config, where, **head)

@@ -50,7 +50,7 @@ class TaskConfig(Section):
 
     name: str
     data: str | None = None
-    train_limit: Positive | None = None  # training rows, spread evenly over the split; default: all
+    train_limit: Positive | None = None  # training rows, a random subset, the same as in `evaluate`; default: all
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -149,7 +149,7 @@ def cells_of(protocol: Protocol, task: Task) -> list[Training]:
 
 
 def trainer_of(model: Evaluated, loaded: tuple[EncoderConfig, dict], data: TaskData, config: EvaluationConfig) -> Trainer:
-    shape = loaded[0] if not config.train else dataclasses.replace(loaded[0], labels=data.task.labels or ("score",))
+    shape = loaded[0] if not config.train else dataclasses.replace(loaded[0], labels=data.task.outputs)
     precision = config.precision
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"

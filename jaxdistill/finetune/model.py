@@ -55,7 +55,7 @@ def finetune(config: EvaluationConfig, *, overwrite: bool = False) -> Path:
     for note in data.notes:
         print(note)
     best = train_grid(trainer_of(models[0], loaded, data, config), config, models[0].name)
-    shape = dataclasses.replace(loaded[0], labels=data.task.labels or ("score",))
+    shape = dataclasses.replace(loaded[0], labels=data.task.outputs)
     card = model_card(models[0], data, best, shape)
     output.parent.mkdir(parents=True, exist_ok=True)
     export_student(output, shape, best.params, tokenizer=models[0].folder, dtype="float32", card=card)

@@ -3,7 +3,7 @@
 from jaxdistill.tasks.catalogue import GLUE, TASKS, Split, Task, find_tasks
 from jaxdistill.tasks.read import MissingSplit, Rows, read_split
 from jaxdistill.tasks.scores import score, shown_scores
-from jaxdistill.tasks.store import TaskStore, find_task, label_names, num_training_rows, open_task
+from jaxdistill.tasks.store import TaskStore, find_task, num_training_rows, open_task
 from jaxdistill.tasks.tokens import TaskTokens, encode_rows, packed_batch, row_length
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "encode_rows",
     "find_task",
     "find_tasks",
-    "label_names",
     "num_training_rows",
     "open_task",
     "packed_batch",

@@ -34,7 +34,12 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        return len(self.labels) or 1
+        return len(self.outputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the outputs of a classification head for the task are called; a regression has one."""
+        return self.labels or ("score",)
 
 
 def _glue(name: str, title: str, columns: str, labels: tuple[str, ...], metrics: str, *, dev: tuple[str, ...] = ("validation",), **more):

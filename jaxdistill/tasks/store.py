@@ -29,22 +29,11 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def label_names(task: Task) -> tuple[str, ...]:
-    """What the outputs of a classification head for the task are called; a regression has one."""
-    return task.labels or ("score",)
-
-
 def _read(config: TaskConfig, task: Task, split: Split) -> Rows:
     try:
         return read_split(task, split, config.data)
     except InputError as error:
         raise InputError(f"data.task.data: {str(error).removeprefix('data: ')}") from None
-
-
-def _chosen(config: TaskConfig, num_rows: int) -> np.ndarray:
-    """Numbers of the training rows: all, or `train_limit` of them spread evenly, so that sorted files lose no label."""
-    count = min(config.train_limit or num_rows, num_rows)
-    return np.arange(count) * num_rows // count
 
 
 def num_training_rows(config: TaskConfig) -> int:
@@ -54,7 +43,8 @@ def num_training_rows(config: TaskConfig) -> int:
       InputError: from `read_split`.
     """
     task = find_task(config.name)
-    return len(_chosen(config, len(_read(config, task, task.train))))
+    num_rows = len(_read(config, task, task.train))
+    return min(config.train_limit or num_rows, num_rows)
 
 
 class TaskStore:
@@ -113,8 +103,7 @@ def open_task(config: TaskConfig, *, tokenizer: TextTokenizer, family: str, sequ
     found = {}
     for name, split in (("train", task.train), ("held_out", next(iter(task.tests.values())))):
         rows = _read(config, task, split)
-        if name == "train":
-            chosen = _chosen(config, len(rows))
-            rows = Rows(tuple([column[i] for i in chosen] for column in rows.texts), rows.labels[chosen])
+        if name == "train" and config.train_limit:
+            rows = rows.sample(config.train_limit)
         found[name] = encode_rows(rows, tokenizer, family, sequence_length)
     return TaskStore(found, pad_id=tokenizer.pad_id, sequence_length=sequence_length)

@@ -21,7 +21,7 @@ from jaxdistill.data import load_tokenizer
 from jaxdistill.features import Feature
 from jaxdistill.models import forward, load_pretrained
 from jaxdistill.resolve import resolve_stages
-from jaxdistill.tasks import TASKS, label_names, open_task
+from jaxdistill.tasks import TASKS, open_task
 
 pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.long]
 
@@ -50,7 +50,7 @@ def teachers(tmp_path_factory) -> dict[tuple[str, str], Path]:
     for family, task in (("bert", "rte"), ("bert", "stsb"), ("roberta", "stsb"), ("bert", ""), ("bert", "mnli"), ("bert", "mlm")):
         make, special = KINDS[family]
         backend = make()
-        labels = label_names(TASKS[task]) if task in TASKS else ()
+        labels = TASKS[task].outputs if task in TASKS else ()
         found[family, task] = write_folder(root / f"{family}-{task or 'base'}", backend, special)
         config = tiny_config(family, vocab_size=backend.get_vocab_size(), num_layers=3, max_position_embeddings=64, labels=labels)
         write_model(found[family, task], config, pooler=family == "bert", mlm=task == "mlm")
