@@ -239,7 +239,9 @@ def main() -> None:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        newest = "goes on from the newest checkpoint"
+        goes_on = {"distill": newest, "quickstart": newest, "evaluate": "goes on with what is not done"}
+        print(f"interrupted; the same command {goes_on.get(sys.argv[1], 'begins anew')}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

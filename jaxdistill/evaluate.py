@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 from jaxdistill import results
 from jaxdistill.compare.cells import Cell, read_cells
 from jaxdistill.config import EvaluationConfig, Protocol
-from jaxdistill.errors import InputError
+from jaxdistill.errors import DivergedError, InputError
 from jaxdistill.finetune import (
     Evaluated,
     TaskData,
@@ -27,11 +26,13 @@ from jaxdistill.finetune import (
     Trainer,
     Training,
     cells_of,
-    check_head,
+    dtype_of,
+    head_order,
     read_tasks,
     resolve_models,
     task_data,
     trainer_of,
+    with_ordered_head,
     with_words,
 )
 from jaxdistill.models import EncoderConfig, load_pretrained
@@ -45,6 +46,9 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "scikit-learn", "
 def evaluate(config: EvaluationConfig, *, overwrite: bool = False) -> list[Path]:
     """Score every model on every task; returns the files of results.
 
+    Args:
+      overwrite: scores of these tasks that are there are replaced, all scores where the protocol or the model is another.
+
     Raises:
       InputError: before anything is trained or written: a model, task, folder or protocol that cannot be.
     """
@@ -52,71 +56,121 @@ def evaluate(config: EvaluationConfig, *, overwrite: bool = False) -> list[Path]
         raise InputError("output: is where finetune writes its model; evaluate writes results")
     models, tasks = resolve_models(config), find_tasks(config.tasks)
     there, missing = read_tasks(tasks, config)
-    sections = {model.name: begin_scores(model, config, overwrite) for model in models}
-    for model in models:
-        if not config.train:
-            check_head(model, [rows.task for rows in there])
+    known = {model.name: begin_scores(model, there, config, overwrite) for model in models}
+    if not config.train:
+        for model, rows in itertools.product(models, there):
+            head_order(model, rows.task)
     for name, reason in missing.items():
         print(f"missing: {name}: {reason}")
-    files = []
-    for model in models:
-        files.append(score_model(model, there, missing, sections[model.name], config))
+    files = [score_model(model, there, missing, known[model.name], config) for model in models]
     print_scores(files, tasks, config)
     return files
 
 
-def begin_scores(model: Evaluated, config: EvaluationConfig, overwrite: bool) -> dict[str, Any]:
-    """The section of scores to add to: what is in the model's file already, or an empty one.
+def protocol_of(config: EvaluationConfig) -> dict[str, Any]:
+    """What scores depend on; two that differ in more than their seeds do not stand in one file."""
+    more = {"train": config.train, "precision": dtype_of(config)}
+    if not config.train:
+        return {"name": "none", "max_length": config.protocol.max_length, "seeds": []} | more
+    return config.protocol.model_dump(mode="json") | more
+
+
+def begin_scores(model: Evaluated, tasks: list[TaskRows], config: EvaluationConfig, overwrite: bool) -> dict[str, Any] | None:
+    """The scores that are in the model's file and go on; None: they begin anew.
 
     Raises:
-      InputError: the file is of another model, or of another protocol.
+      InputError: the file is of another model, another protocol or other data.
     """
-    protocol = config.protocol.model_dump(mode="json") | {"train": config.train}
-    fresh = {"protocol": protocol, "tasks": {}, "missing": {}, "versions": {name: version(name) for name in _PACKAGES}}
-    path = results.result_file(Path(config.results), model.name)
+    path, protocol = results.result_file(Path(config.results), model.name), protocol_of(config)
     if not path.exists():
-        return fresh
-    known = results.read_result(path)
-    results.check_same_model(known, model.description, path)
-    if "scores" not in known or overwrite:
-        return fresh
-    for field, now in protocol.items():
-        if field != "seeds" and known["scores"]["protocol"].get(field) != now:
+        return None
+    found = results.read_result(path)
+    if not (overwrite and not results.is_same_model(found, model.description)):
+        results.check_same_model(found, model.description, path)
+    scores = found.get("scores")
+    if scores is None:
+        return None
+    before = scores["protocol"]
+    for field in ("train", *protocol):
+        if field != "seeds" and field in before and before[field] != protocol.get(field):
+            if overwrite:
+                return None
             raise InputError(
-                f"protocol.{field}: {path} holds scores with {known['scores']['protocol'].get(field)!r}, now it is {now!r}; give another "
-                f"folder of results, or --overwrite"
+                f"{'train' if field == 'train' else f'protocol.{field}'}: {path} holds scores with {before[field]!r}, now it is "
+                f"{protocol.get(field)!r}; give another folder of results, or --overwrite"
             )
-    seeds = {*known["scores"]["protocol"]["seeds"], *protocol["seeds"]}
-    return known["scores"] | {"protocol": protocol | {"seeds": sorted(seeds)}}
+    if overwrite:
+        named = {rows.task.name for rows in tasks}
+        return scores | {"tasks": {name: entry for name, entry in scores["tasks"].items() if name not in named}}
+    for rows in tasks:
+        hashes = scores["tasks"].get(rows.task.name, {}).get("data", {})
+        for split in sorted(hashes.keys() & rows.fingerprints.keys()):
+            if hashes[split] != rows.fingerprints[split]:
+                raise InputError(
+                    f"data: {split} of {rows.task.name} is not what the scores in {path} are of; give another folder of results"
+                )
+    return scores
 
 
 def score_model(
-    model: Evaluated, tasks: list[TaskRows], missing: dict[str, str], section: dict[str, Any], config: EvaluationConfig
+    model: Evaluated, tasks: list[TaskRows], missing: dict[str, str], known: dict[str, Any] | None, config: EvaluationConfig
 ) -> Path:
-    """Do what is not done yet; the model's file is written after every training."""
-    write = partial(results.write_section, Path(config.results), model.name, model.description, "scores")
-    section["missing"] = {name: why for name, why in (section["missing"] | missing).items() if name not in section["tasks"]}
-    path, loaded = write(section), None
+    """Do what is not done yet; every training that ends is added to the model's file as it then is.
+
+    Args:
+      known: the scores that go on.
+    """
+    path, loaded = None, None
     for rows in tasks:
-        task = rows.task
-        entry = section["tasks"].setdefault(task.name, {"examples": {}, "runs": [], "notes": []})
-        done = {tuple(run[field] for field in ("learning_rate", "batch_size", "epochs", "seed")) for run in entry["runs"]}
-        cells = [cell for cell in cells_of(config.protocol, task) if dataclasses.astuple(cell) not in done]
+        before = ((known or {}).get("tasks", {}).get(rows.task.name) or {"runs": []})["runs"]
+        cells = [cell for cell in cells_of(config.protocol, rows.task) if not any(_is_run_of(run, cell, rows) for run in before)]
         if not config.train:
-            cells = [] if entry["runs"] else [Training(0.0, 0, 0, 0)]
-        section["missing"].pop(task.name, None)
+            cells = [] if before else [Training(0.0, 0, 0, 0)]
         if not cells:
-            print(f"{model.name}: {task.title} is done already")
+            print(f"{model.name}: {rows.task.title} is done already")
             continue
         loaded = loaded or load_pretrained(model.folder)
         data = task_data(rows, model, config)
         counts = {"train": len(data.train), "train_available": data.available} if data.train else {}
-        entry["examples"] = counts | {split: len(tokens) for split, tokens in data.tests.items()}
-        entry["notes"] = list(data.notes)
+        about = {"examples": counts | {split: len(tokens) for split, tokens in data.tests.items()}}
+        about |= {"notes": list(data.notes), "data": rows.fingerprints}
         for runs in trained_cells(model, loaded, data, cells, config):
-            entry["runs"] += runs
-            path = write(section)
-    return path
+            path = save_runs(model, config, missing, {rows.task.name: about | {"runs": runs}}, keep=before)
+            before = [*before, *runs]
+    return path or save_runs(model, config, missing, {})
+
+
+def _is_run_of(run: dict[str, Any], cell: Training, rows: TaskRows) -> bool:
+    """Whether this training is done: with a score for every test that is there, or diverged."""
+    same = all(run.get(field) == value for field, value in dataclasses.asdict(cell).items())
+    return same and (run.get("diverged", False) or rows.tests.keys() <= run["scores"].keys())
+
+
+def save_runs(
+    model: Evaluated, config: EvaluationConfig, missing: dict[str, str], entries: dict[str, dict[str, Any]], keep: Sequence[dict] = ()
+) -> Path:
+    """Add runs of a task to the scores in the model's file, which another command may have changed meanwhile.
+
+    Args:
+      entries: task -> what is new. Its runs are those of `keep` and the new ones; other tasks stay as they are.
+    """
+    protocol, fields = protocol_of(config), [field.name for field in dataclasses.fields(Training)]
+
+    def key(run: dict[str, Any]) -> tuple:
+        return tuple(run.get(field) for field in fields)
+
+    def add(before: dict[str, Any] | None) -> dict[str, Any]:
+        goes_on = before and all(before["protocol"].get(field, value) == value for field, value in protocol.items() if field != "seeds")
+        tasks = dict(before["tasks"]) if goes_on else {}
+        for name, entry in entries.items():
+            runs = {key(run): run for run in [*keep, *entry["runs"]]}
+            tasks[name] = entry | {"runs": list(runs.values())}
+        seeds = {run["seed"] for entry in tasks.values() for run in entry["runs"] if run["seed"] is not None} | {*protocol["seeds"]}
+        why = {name: reason for name, reason in ((before or {}).get("missing", {}) | missing).items() if name not in tasks}
+        versions = {name: version(name) for name in _PACKAGES}
+        return {"protocol": protocol | {"seeds": sorted(seeds)}, "tasks": tasks, "missing": why, "versions": versions}
+
+    return results.update_section(Path(config.results), model.name, model.description, "scores", add, replace=True)
 
 
 def seed_groups(cells: list[Training], together: bool) -> list[list[Training]]:
@@ -133,7 +187,8 @@ def trained_cells(
     """The runs of results, as they are finished."""
     trainer = trainer_of(model, loaded, data, config)
     if not config.train:
-        params = jax.device_put(with_words(loaded[1], data.vocabulary, 256))
+        params = with_ordered_head(with_words(loaded[1], data.vocabulary, 256), head_order(model, data.task))
+        params = jax.device_put(params)
         yield [{"seed": None, "scores": {split: trainer.scores(params, split)[0] for split in data.tests}}]
         return
     # Measured on a CPU: three seeds of one step take longer than three steps (docs/log.md); an accelerator is left idle by one.
@@ -146,10 +201,17 @@ def trained_cells(
             group = groups.pop(0)
             try:
                 runs = run_group(trainer, group, config.protocol, progress, done)
-            except jax.errors.JaxRuntimeError as error:
-                if len(group) == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+            except (jax.errors.JaxRuntimeError, DivergedError) as error:
+                diverged = isinstance(error, DivergedError)
+                if diverged and len(group) == 1:
+                    progress.say(str(error))
+                    done += trainer.num_steps(group[0])
+                    yield [dataclasses.asdict(group[0]) | {"diverged": True, "scores": {}}]
+                    continue
+                if not diverged and (len(group) == 1 or "RESOURCE_EXHAUSTED" not in str(error)):
                     raise
-                progress.say(f"{model.name}: {data.task.title}: {len(group)} seeds together do not fit; one after the other")
+                why = "not all seeds converge" if diverged else f"{len(group)} seeds together do not fit"
+                progress.say(f"{model.name}: {data.task.title}: {why}; one after the other")
                 groups = seed_groups([cell for each in [group, *groups] for cell in each], together=False)
                 progress.total = done + sum(trainer.num_steps(each[0]) for each in groups)
                 continue
@@ -166,12 +228,17 @@ def run_group(trainer: Trainer, group: list[Training], protocol: Protocol, progr
     best: list[dict[str, Any]] = [{} for _ in group]
 
     def each_epoch(epoch: int, params: dict) -> None:
-        found = {split: trainer.scores(params, split, together=together) for split in trainer.data.tests}
-        for i, kept in enumerate(best):
-            scores = {split: values[i] for split, values in found.items()}
-            main = scores[trainer.data.dev][task.metrics[0]]
-            if not kept or protocol.report == "last" or main > kept["scores"][trainer.data.dev][task.metrics[0]]:
-                kept |= {"epoch": epoch, "scores": scores}
+        dev = trainer.scores(params, trainer.data.dev, together=together)
+        main = task.metrics[0]
+        better = [
+            i
+            for i, kept in enumerate(best)
+            if not kept or protocol.report == "last" or dev[i][main] > kept["scores"][trainer.data.dev][main]
+        ]
+        others = [split for split in trainer.data.tests if split != trainer.data.dev] if better else []
+        found = {trainer.data.dev: dev} | {split: trainer.scores(params, split, together=together) for split in others}
+        for i in better:
+            best[i] |= {"epoch": epoch, "scores": {split: values[i] for split, values in found.items()}}
 
     every = each_epoch if protocol.report == "best" else None
     params = trainer.train(group, every, progress.from_step(done))

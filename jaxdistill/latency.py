@@ -1,7 +1,7 @@
 """How long a forward pass takes: one example and batches, in JAX and in PyTorch, on the CPU and on an accelerator where there is one.
 
 The encoder alone up to its last hidden state, every slot a real token. What is timed is a call from the host until its result
-is there, as a server sees it; compiling and the first passes are not in it.
+is there, on the device; compiling, the first passes and the transfer of the token ids are not in it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxdistill.features import Feature
 from jaxdistill.flops import forward_flops_per_token
 from jaxdistill.models import EncoderConfig, find_model, forward, load_config, load_pretrained, num_parameters
 from jaxdistill.report import print_table, summary_table
-from jaxdistill.results import check_same_model, describe_model, find_models, read_result, result_file, write_section
+from jaxdistill.results import check_same_model, describe_model, find_models, read_result, result_file, update_section
 
 FRAMEWORKS = ("jax", "pytorch")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -92,10 +92,10 @@ def latency(
         for passes, batch_size in _PASSES[framework](found, tuple(dict.fromkeys(batch_sizes)), length, dtype):
             _measure(passes, repeats)
             for each in passes:
-                each.model.measurements.append(_measurement(each, framework, batch_size, length))
+                each.model.measurements.append(_measurement(each, framework, batch_size, length) | {"dtype": dtype})
     sections = {model.name: _section(model, length, dtype, chosen) for model in found}
     for model in found:
-        write_section(Path(results), model.name, model.description, "latency", sections[model.name])
+        update_section(Path(results), model.name, model.description, "latency", partial(_beside, sections[model.name]))
     print_table(summary_table(_rows(found, sections), COLUMNS, f"A forward pass of {length} tokens, {dtype}, mean of {repeats} runs"))
     return sections
 
@@ -282,6 +282,18 @@ def _section(model: Model, length: int, dtype: str, frameworks: Iterable[str]) -
         "measurements": model.measurements,
         "versions": {name: _version(name) for name in packages},
     }
+
+
+_SETTING = ("framework", "device", "threads", "batch_size", "length", "dtype")
+
+
+def _beside(section: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """The section with what was measured before on the same processor under other settings."""
+    if before is None or before.get("processor") != section["processor"]:
+        return section
+    now = {tuple(each[name] for name in _SETTING) for each in section["measurements"]}
+    kept = [each for each in before["measurements"] if tuple(each.get(name) for name in _SETTING) not in now]
+    return section | {"measurements": [*kept, *section["measurements"]]}
 
 
 def _version(package: str) -> str | None:

@@ -7,20 +7,87 @@
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import yaml
 
 from jaxdistill.errors import InputError
 from jaxdistill.models import find_model, load_config, num_parameters, weights_sha256
 
 FORMAT = "jaxdistill results"
+
+
+class _Loose(pydantic.BaseModel):
+    """What readers rely on; there may be more."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+
+class _Run(_Loose):
+    seed: int | None
+    scores: dict[str, dict[str, float | int]]
+
+
+class _TaskScores(_Loose):
+    runs: list[_Run]
+    examples: dict[str, int] = {}
+    notes: list[str] = []
+
+
+class _Protocol(_Loose):
+    name: str = ""
+    learning_rates: list[float | int] = []
+    batch_sizes: list[int] = []
+    epochs: int = 0
+    epochs_of: dict[str, int] = {}
+    seeds: list[int] = []
+
+
+class _Scores(_Loose):
+    tasks: dict[str, _TaskScores]
+    protocol: _Protocol = _Protocol()
+    missing: dict[str, str] = {}
+
+
+class _Latency(_Loose):
+    measurements: list[dict[str, Any]]
+
+
+class _HeatMap(_Loose):
+    title: str
+    rows: list[str | int]
+    columns: list[str | int]
+    values: list[list[float | int | None]]
+
+
+class _LostTable(_Loose):
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+class _Lost(_Loose):
+    heatmaps: list[_HeatMap] = []
+    tables: list[_LostTable] = []
+    answers: list[str] = []
+
+
+class _Result(_Loose):
+    name: str
+    model: dict[str, Any]
+    scores: _Scores | None = None
+    latency: _Latency | None = None
+    lost: _Lost | None = None
+
+
 SECTIONS = ("scores", "latency", "lost")
 
 
@@ -101,6 +168,12 @@ def find_models(arguments: Iterable[str]) -> dict[str, str]:
             if (name or own) in found:
                 raise InputError(f"{place}: there is a model {name or own!r} already ({found[name or own]}); name one by NAME={place}")
             found[name or own] = place
+    files: dict[Path, str] = {}
+    for name in found:
+        file = result_file(Path(), name)
+        if file in files:
+            raise InputError(f"{name}: its results would lie in {file} as those of {files[file]}; name one of them by NAME={found[name]}")
+        files[file] = name
     return found
 
 
@@ -124,7 +197,17 @@ def model_name(path_or_hub_id: str | Path) -> str:
 
 
 def result_file(folder: Path, name: str) -> Path:
-    return folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.json"
+    safe = re.sub(r"[^\w.-]", "_", name)
+    return folder / f"{safe}.json"
+
+
+def is_result(path: Path) -> bool:
+    """Whether a JSON file is one of results, or cannot be read and might be: others may lie beside them."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return isinstance(value, dict) and value.get("format") == FORMAT
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -139,11 +222,34 @@ def read_result(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as results: {error}") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"{path}: not a file of results (evaluate, latency and lost write them)")
+    try:
+        _Result.model_validate(value)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {place}: not as the commands write it: {first['msg']}; delete the file, or measure again") from None
     return value
 
 
 def write_section(folder: Path, name: str, model: dict[str, Any], section: str, content: dict[str, Any]) -> Path:
-    """Put one section into the model's file, whole or not at all; the others stay.
+    """Put one section into the model's file, whole or not at all; the others stay. Raises as `update_section`."""
+    return update_section(folder, name, model, section, lambda before: content)
+
+
+def update_section(
+    folder: Path,
+    name: str,
+    model: dict[str, Any],
+    section: str,
+    change: Callable[[dict[str, Any] | None], dict[str, Any]],
+    *,
+    replace: bool = False,
+) -> Path:
+    """Change one section of the model's file as it is now, so that two commands at once lose nothing of each other.
+
+    Args:
+      change: from the section that is there, or None, to the new one.
+      replace: a file of a model with other weights is begun anew.
 
     Raises:
       InputError: the file is of a model with other weights.
@@ -151,22 +257,28 @@ def write_section(folder: Path, name: str, model: dict[str, Any], section: str, 
     if section not in SECTIONS:
         raise ValueError(f"unknown section {section}")
     path = result_file(folder, name)
-    value: dict[str, Any] = {"format": FORMAT, "name": name}
-    if path.exists():
-        value = read_result(path)
-        check_same_model(value, model, path)
-    value |= {"model": model, section: content}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with open(folder / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        value: dict[str, Any] = {"format": FORMAT, "name": name}
+        if path.exists() and not (replace and not is_same_model(read_result(path), model)):
+            value = read_result(path)
+            check_same_model(value, model, path)
+        value |= {"model": model, section: change(value.get(section))}
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
     return path
+
+
+def is_same_model(value: dict[str, Any], model: dict[str, Any]) -> bool:
+    return value["model"].get("weights_sha256") == model["weights_sha256"]
 
 
 def check_same_model(value: dict[str, Any], model: dict[str, Any], path: Path) -> None:
     """Raises InputError when a file of results is of a model with other weights."""
-    if value.get("model", {}).get("weights_sha256") != model["weights_sha256"]:
+    if not is_same_model(value, model):
         raise InputError(
-            f"{path}: results of a model with other weights ({value.get('model', {}).get('source')}); give this one another name "
-            f"(NAME=PATH), or another folder of results"
+            f"{path}: results of a model with other weights ({value['model'].get('source')}); give this one another name (NAME=PATH), "
+            f"or another folder of results, or delete the file"
         )

@@ -36,7 +36,7 @@ class Cell:
 def mean_of(cells: Sequence[Cell]) -> Cell:
     """The average over tasks or languages, seed by seed where they have seeds in common."""
     seeds = sorted(set.intersection(*(set(cell.values) for cell in cells)))
-    if not seeds:
+    if not seeds or any(set(cell.values) != set(seeds) for cell in cells):  # some seeds are missing somewhere: no pairs, no deviation
         return Cell(alone=statistics.fmean(cell.mean for cell in cells))
     return Cell(
         {seed: statistics.fmean(cell.values[seed] for cell in cells) for seed in seeds},
@@ -55,11 +55,13 @@ def read_cells(scores: Mapping[str, Any], where: str) -> tuple[dict[Key, Cell], 
     cells: dict[Key, Cell] = {}
     notes: list[str] = []
     tasks = scores.get("tasks", {})
+    varied = ("name", "seeds", "learning_rates", "batch_sizes", "epochs", "epochs_of")  # of these each run says its own
+    protocol = {field: str(value) for field, value in scores.get("protocol", {}).items() if field not in varied}
     for name, content in tasks.items() if isinstance(tasks, Mapping) else ():
         if name not in TASKS:
             raise InputError(f"{where}: scores.tasks: unknown task {name!r}{nearest(name, TASKS)}")
         try:
-            found, own = _task_cells(name, content)
+            found, own = _task_cells(name, content, protocol)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: scores.tasks.{name}: not as evaluate writes it: {said}; evaluate the model again") from None
@@ -68,18 +70,20 @@ def read_cells(scores: Mapping[str, Any], where: str) -> tuple[dict[Key, Cell], 
     return cells, notes
 
 
-def _task_cells(name: str, content: Mapping[str, Any]) -> tuple[dict[Key, Cell], list[str]]:
+def _task_cells(name: str, content: Mapping[str, Any], protocol: Mapping[str, Any]) -> tuple[dict[Key, Cell], list[str]]:
     task = TASKS[name]
     dev, metric = next(iter(task.tests)), task.metrics[0]
     notes = [f"{task.title}: {note}" for note in content.get("notes", [])]
     best: dict[int, tuple[float, tuple, Mapping]] = {}
     tried = set()
+    # What a paired test needs to be equal beside the seed.
+    shared = (*sorted(protocol.items()), *sorted((name, content.get("examples", {}).get(name)) for name in ("train", "train_available")))
     for run in content["runs"]:
         if run["seed"] is None:
             notes.append(f"{task.title}: scored as it is, not fine-tuned here")
-        seed, setting = int(run["seed"] or 0), (run.get("learning_rate"), run.get("batch_size"), run.get("epochs"))
+        seed, setting = int(run["seed"] or 0), (run.get("learning_rate"), run.get("batch_size"), run.get("epochs"), *shared)
         first = dev if dev in run["scores"] else next(iter(run["scores"]), dev)
-        score = float(run["scores"][first].get(metric, math.nan))
+        score = float(run["scores"].get(first, {}).get(metric, math.nan))
         tried.add(setting)
         if not math.isfinite(score):
             notes.append(f"{task.title}: the run of seed {seed} has no finite score and is left out")

@@ -11,7 +11,7 @@ from jaxdistill.compare.cells import Cell, is_limited, read_cells
 from jaxdistill.compare.match import find_published
 from jaxdistill.compare.published import TABLES, Key, Published, is_table, select
 from jaxdistill.errors import InputError, nearest
-from jaxdistill.results import describe_model, model_name, read_result
+from jaxdistill.results import describe_model, is_result, model_name, read_result
 
 
 @dataclass
@@ -55,7 +55,7 @@ def read_inputs(inputs: Sequence[str], results: Path) -> list[Entry]:
         elif folders := _models(path):
             known = _by_weights(results) if known is None else known
             found += [_looked_up(folder, known, results) for folder in folders]
-        elif files := sorted(path.glob("*.json")):
+        elif files := [file for file in sorted(path.glob("*.json")) if is_result(file)]:
             found += [_measured(read_result(file), file) for file in files]
         else:
             raise InputError(
@@ -75,7 +75,7 @@ def _models(path: Path) -> list[Path]:
         return [path]
     if not (path / "config.yaml").is_file():
         return []
-    folders = [folder for folder in sorted((path / "export").glob("*")) if (folder / "config.json").is_file()]
+    folders = [folder for folder in sorted((path / "export").glob("[!.]*")) if (folder / "config.json").is_file()]
     if not folders:
         raise InputError(f"{path}: a run without exported students (export/*/config.json); finish it, or `jaxdistill export {path}`")
     return folders
@@ -84,7 +84,7 @@ def _models(path: Path) -> list[Path]:
 def _by_weights(results: Path) -> dict[str, tuple[Path, dict]]:
     """Results by the hash of the weights; the folder need not be there."""
     found = {}
-    for path in sorted(results.glob("*.json")) if results.is_dir() else ():
+    for path in filter(is_result, sorted(results.glob("*.json")) if results.is_dir() else ()):
         value = read_result(path)
         found[str(value.get("model", {}).get("weights_sha256"))] = (path, value)
     return found

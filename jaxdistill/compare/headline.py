@@ -104,6 +104,8 @@ def how_made(board: Board, inputs: Sequence[str], results: Path, output: Path, r
 
 def _protocol(entry: Entry) -> str:
     said = entry.protocol
+    if said.get("train") is False:
+        return "scored as they are, not fine-tuned here"
     epochs = f"{said.get('epochs', '?')} epochs"
     if of := said.get("epochs_of"):
         epochs += f" ({', '.join(f'{task_title(task)} {count}' for task, count in of.items())})"
@@ -120,6 +122,9 @@ def _protocol(entry: Entry) -> str:
         )
     if said.get("train_limit"):
         parts.append(f"at most {said['train_limit']:,} training rows")
+    usual = {"max_length": 128, "warmup": 0.0, "weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "clip_norm": 1.0}
+    usual["precision"] = "float32"
+    parts += [f"{name.replace('_', ' ')} {said[name]}" for name, value in usual.items() if said.get(name, value) != value]
     return ", ".join(parts)
 
 

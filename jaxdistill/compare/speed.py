@@ -8,24 +8,28 @@ from typing import Any
 
 from jaxdistill.compare.entries import Entry
 
-Setting = tuple[str, str, int, int]  # framework, device, batch size, length
+Setting = tuple[str, str, int, int, str, int]  # framework, device, batch size, length, dtype, threads
 
 
-def _setting(measurement: dict[str, Any]) -> Setting | None:
-    try:
-        return (str(measurement["framework"]), str(measurement["device"]), int(measurement["batch_size"]), int(measurement["length"]))
-    except (KeyError, TypeError, ValueError):
-        return None
+def _settings(entry: Entry) -> list[tuple[Setting, dict[str, Any]]]:
+    found = []
+    for each in entry.latency.get("measurements", []):
+        try:
+            setting = (str(each["framework"]), str(each["device"]), int(each["batch_size"]), int(each["length"]))
+        except (KeyError, TypeError, ValueError):
+            continue
+        dtype = str(each.get("dtype") or entry.latency.get("dtype") or "float32")
+        found.append(((*setting, dtype, int(each.get("threads") or 0)), each))
+    return found
 
 
 def choose_setting(entries: Sequence[Entry]) -> Setting | None:
     """Of the settings that at least half as many models have as the commonest: CPU and batch 1, then JAX, then 128 tokens."""
-    settings = (_setting(measurement) for entry in entries for measurement in entry.latency.get("measurements", []))
-    counts = Counter(setting for setting in settings if setting)
+    counts = Counter(setting for entry in entries for setting, _ in _settings(entry))
     most = max(counts.values(), default=0)
 
     def rank(setting: Setting) -> tuple:
-        framework, device, batch_size, length = setting
+        framework, device, batch_size, length, *_ = setting
         cpu = device.lower().startswith("cpu") and batch_size == 1
         return 2 * counts[setting] >= most, cpu, framework == "jax", counts[setting], -abs(length - 128), setting
 
@@ -34,13 +38,14 @@ def choose_setting(entries: Sequence[Entry]) -> Setting | None:
 
 def milliseconds(entry: Entry, setting: Setting | None) -> tuple[float, float | None] | None:
     """Mean and deviation of one batch."""
-    for measurement in entry.latency.get("measurements", []):
-        if setting and _setting(measurement) == setting and isinstance(measurement.get("mean_seconds"), (int, float)):
+    for own, measurement in _settings(entry):
+        if own == setting and isinstance(measurement.get("mean_seconds"), (int, float)):
             deviation = measurement.get("deviation_seconds")
             return 1000 * measurement["mean_seconds"], None if deviation is None else 1000 * deviation
     return None
 
 
 def setting_title(setting: Setting) -> str:
-    framework, device, batch_size, length = setting
-    return f"{ {'jax': 'JAX', 'pytorch': 'PyTorch'}.get(framework, framework) }, {device}, batch {batch_size}, {length} tokens"
+    framework, device, batch_size, length, dtype, threads = setting
+    title = f"{ {'jax': 'JAX', 'pytorch': 'PyTorch'}.get(framework, framework) }, {device}, batch {batch_size}, {length} tokens, {dtype}"
+    return title + (f", {threads} thread{'s' if threads > 1 else ''}" if threads else "")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from jaxdistill.config.load import apply_overrides, read_config_file, validated
 from jaxdistill.config.sections import Fraction, MeshConfig
@@ -15,6 +15,10 @@ from jaxdistill.config.terms import AsTuple, NotNegative, Positive, Section
 from jaxdistill.errors import InputError, nearest
 
 Rate = Annotated[float, Field(gt=0)]
+# A list, or one value alone.
+_Several = BeforeValidator(
+    lambda value: tuple(value) if isinstance(value, list) else (value,) if isinstance(value, (int, float)) else value
+)
 
 # udagawa2023, appendix D: one rate and batch for every model and task; CoLA longer (10 epochs with their multilingual models).
 # wang2023, table 6 and appendix A: a grid, 10 epochs, the best on the dev set. What they do not say is as in transformers.
@@ -35,11 +39,11 @@ class Protocol(Section):
     """AdamW with a linear decay to 0; the defaults are transformers' and udagawa2023's. By name, or with what differs from it."""
 
     name: str = "udagawa2023"
-    learning_rates: Annotated[tuple[Rate, ...], AsTuple, Field(min_length=1)] = (2e-5,)
-    batch_sizes: Annotated[tuple[Positive, ...], AsTuple, Field(min_length=1)] = (32,)
+    learning_rates: Annotated[tuple[Rate, ...], _Several, Field(min_length=1)] = (2e-5,)
+    batch_sizes: Annotated[tuple[Positive, ...], _Several, Field(min_length=1)] = (32,)
     epochs: Positive = 3
     epochs_of: dict[str, Positive] = Field(default_factory=dict)  # of the tasks that take another number
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AsTuple, Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], _Several, Field(min_length=1)] = (0, 1, 2)
     report: Literal["last", "best"] = "last"  # best: of all epochs and of the grid, on the dev set
     max_length: Annotated[int, Field(ge=8)] = 128  # tokens of an example, special ones included
     train_limit: Positive | None = None  # rows to train on, a random subset; None: all
@@ -57,9 +61,11 @@ class Protocol(Section):
         if not isinstance(value, dict):
             return value
         name = value.get("name", "udagawa2023")
-        if name not in PROTOCOLS:
+        if not isinstance(name, str) or name not in PROTOCOLS:
             raise ValueError(f"unknown protocol {name!r}{nearest(str(name), PROTOCOLS)}")
-        return PROTOCOLS[name] | value
+        # Epochs that are said are meant for every task, also for those to which the preset gives others.
+        preset = {"epochs_of": {}} if "epochs" in value else {}
+        return PROTOCOLS[name] | preset | value
 
     @pydantic.field_validator("seeds", "learning_rates", "batch_sizes")
     @classmethod
@@ -103,13 +109,13 @@ def load_evaluation(arguments: Sequence[str]) -> EvaluationConfig:
     for argument in arguments:
         key, separator, value = argument.partition("=")
         if separator and key.split(".")[0] in EvaluationConfig.model_fields:
-            overrides.append(f"protocol.name={value}" if key == "protocol" else argument)
+            overrides.append(f"protocol.name={value}" if key == "protocol" and not value.startswith("{") else argument)
         elif argument.endswith((".yaml", ".yml")) and Path(argument).is_file():
             if values:
                 raise InputError(f"{argument}: a second config; one is read")
             values = read_config_file(argument)
         elif separator and "/" not in key and "/" not in value and not Path(value).expanduser().is_dir():
-            raise InputError(f"{argument}: neither a field{nearest(key, EvaluationConfig.model_fields)} nor NAME=PATH of a model")
+            raise InputError(f"{argument}: neither a field nor NAME=PATH of a model{nearest(key, EvaluationConfig.model_fields)}")
         else:
             models.append(argument)
     if isinstance(values.get("protocol"), str):

@@ -4,12 +4,14 @@ from jaxdistill.finetune.inputs import (
     Evaluated,
     TaskRows,
     cells_of,
-    check_head,
+    dtype_of,
+    head_order,
     read_task,
     read_tasks,
     resolve_models,
     task_data,
     trainer_of,
+    with_ordered_head,
 )
 from jaxdistill.finetune.model import finetune
 from jaxdistill.finetune.step import Settings, finetune_step, start_params, with_all_words, with_words
@@ -23,9 +25,10 @@ __all__ = [
     "Trainer",
     "Training",
     "cells_of",
-    "check_head",
+    "dtype_of",
     "finetune",
     "finetune_step",
+    "head_order",
     "read_task",
     "read_tasks",
     "resolve_models",
@@ -33,5 +36,6 @@ __all__ = [
     "task_data",
     "trainer_of",
     "with_all_words",
+    "with_ordered_head",
     "with_words",
 ]

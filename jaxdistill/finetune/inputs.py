@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,8 @@ def resolve_models(config: EvaluationConfig) -> list[Evaluated]:
     Raises:
       InputError: none given, no such model, no tokenizer or another model's.
     """
+    if jax.process_count() > 1:
+        raise InputError("several processes: fine-tuning runs in one, on all of its devices; start it on one host")
     if not config.models:
         raise InputError("models: which? give the folder of a model or a run, or a Hub id")
     found = []
@@ -65,6 +68,12 @@ class TaskRows:
     train: Rows | None
     tests: dict[str, Rows]
     notes: tuple[str, ...]  # what is not there or left out
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of each split's texts and labels."""
+        splits = ({"train": self.train} if self.train else {}) | self.tests
+        return {name: rows.fingerprint for name, rows in splits.items()}
 
 
 def read_task(task: Task, config: EvaluationConfig) -> TaskRows:
@@ -132,14 +141,26 @@ def read_tasks(tasks: tuple[Task, ...], config: EvaluationConfig) -> tuple[list[
     return there, missing
 
 
-def check_head(model: Evaluated, tasks: list[Task]) -> None:
-    """Raises InputError when a model that is scored as it is has no classification head for a task."""
-    for task in tasks:
-        if len(model.config.labels) != task.num_labels:
-            has = f"a head of {len(model.config.labels)}" if model.config.labels else "no classification head"
-            raise InputError(
-                f"{model.source}: has {has}, {task.name} needs {task.num_labels} labels; leave train=false out to fine-tune it"
-            )
+def head_order(model: Evaluated, task: Task) -> list[int]:
+    """For each label of the task, which output of the model's classification head it is; outputs without names count as they stand.
+
+    Raises:
+      InputError: no classification head, or one for other labels.
+    """
+    wanted, there = ([name.lower() for name in names] for names in (task.outputs, model.config.labels))
+    if len(wanted) == len(there):
+        if task.range or all(re.fullmatch(r"label_\d+", name) for name in there):
+            return list(range(len(wanted)))
+        if sorted(wanted) == sorted(there):
+            return [there.index(name) for name in wanted]
+    has = f"a head for {', '.join(model.config.labels)}" if there else "no classification head"
+    raise InputError(f"{model.source}: has {has}, {task.name} needs {', '.join(task.outputs)}; leave train=false out to fine-tune it")
+
+
+def with_ordered_head(params: dict, order: list[int]) -> dict:
+    """The parameters with the outputs of the classification head in this order."""
+    output = {name: np.asarray(leaf)[..., order] for name, leaf in params["classifier"]["output"].items()}
+    return params | {"classifier": params["classifier"] | {"output": output}}
 
 
 def cells_of(protocol: Protocol, task: Task) -> list[Training]:
@@ -148,9 +169,13 @@ def cells_of(protocol: Protocol, task: Task) -> list[Training]:
     return [Training(rate, size, protocol.epochs_for(task.name), seed) for rate, size in grid for seed in protocol.seeds]
 
 
+def dtype_of(config: EvaluationConfig) -> str:
+    """Of the matrix products."""
+    if config.precision == "auto":
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return config.precision
+
+
 def trainer_of(model: Evaluated, loaded: tuple[EncoderConfig, dict], data: TaskData, config: EvaluationConfig) -> Trainer:
-    shape = loaded[0] if not config.train else dataclasses.replace(loaded[0], labels=data.task.outputs)
-    precision = config.precision
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return Trainer(Settings.create(shape, precision, config.protocol), data, loaded[1], config.protocol, create_mesh(config.mesh))
+    shape = dataclasses.replace(loaded[0], labels=data.task.outputs)
+    return Trainer(Settings.create(shape, dtype_of(config), config.protocol), data, loaded[1], config.protocol, create_mesh(config.mesh))

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxdistill.config import EvaluationConfig
-from jaxdistill.errors import InputError
+from jaxdistill.errors import DivergedError, InputError
 from jaxdistill.export import export_student
 from jaxdistill.finetune.inputs import Evaluated, cells_of, read_task, resolve_models, task_data, trainer_of
 from jaxdistill.finetune.trainer import TaskData, Trainer, Training
@@ -39,7 +39,7 @@ def finetune(config: EvaluationConfig, *, overwrite: bool = False) -> Path:
     """
     if not config.output:
         raise InputError("output: which folder is the model to be written to? give output=FOLDER")
-    output, tasks = Path(config.output).expanduser(), find_tasks(config.tasks)
+    output, tasks = Path(config.output).expanduser().absolute(), find_tasks(config.tasks)
     if not config.train:
         raise InputError("train: finetune trains; scores of a model as it is come from evaluate with train=false")
     if len(tasks) != 1:
@@ -51,6 +51,8 @@ def finetune(config: EvaluationConfig, *, overwrite: bool = False) -> Path:
         raise InputError(f"output: {output} exists; give another folder, or --overwrite")
     if output.exists() and not (output / "config.json").is_file():
         raise InputError(f"output: {output} exists and is not a model folder; give another one")
+    if output.resolve() == models[0].folder.resolve():
+        raise InputError(f"output: {output} is the model that is fine-tuned; give another folder")
     data, loaded = task_data(read_task(tasks[0], config), models[0], config), load_pretrained(models[0].folder)
     for note in data.notes:
         print(note)
@@ -71,10 +73,10 @@ def train_grid(trainer: Trainer, config: EvaluationConfig, name: str) -> _Best:
 
     def keep(cell: Training) -> Callable[[int, dict], None]:
         def each_epoch(epoch: int, params: dict) -> None:
-            scores = {split: trainer.scores(params, split)[0] for split in data.tests}
-            main = data.task.metrics[0]
-            if not best or scores[data.dev][main] > best[0].scores[data.dev][main]:
-                best[:] = [_Best(cell, epoch, scores, trainer.whole(params, cell))]
+            dev, main = trainer.scores(params, data.dev)[0], data.task.metrics[0]
+            if not best or dev[main] > best[0].scores[data.dev][main]:
+                scores = {split: dev if split == data.dev else trainer.scores(params, split)[0] for split in data.tests}
+                best[:] = [_Best(cell, epoch, scores, trainer.whole(params, cell, epoch))]
 
         return each_epoch
 
@@ -82,9 +84,15 @@ def train_grid(trainer: Trainer, config: EvaluationConfig, name: str) -> _Best:
         done = 0
         for cell in cells:
             every = keep(cell) if protocol.report == "best" else None
-            params = trainer.train([cell], every, progress.from_step(done))
-            if every is None:
-                keep(cell)(cell.epochs, params)
+            try:
+                params = trainer.train([cell], every, progress.from_step(done))
+            except DivergedError as error:
+                if cell == cells[-1] and not best:
+                    raise
+                progress.say(str(error))
+            else:
+                if every is None:
+                    keep(cell)(cell.epochs, params)
             done += trainer.num_steps(cell)
     return best[0]
 

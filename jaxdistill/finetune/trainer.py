@@ -77,6 +77,9 @@ class Trainer:
         Args:
           each_epoch: called with the number of epochs done and the parameters.
           progress: called with the number of steps done and the loss of the one before.
+
+        Raises:
+          DivergedError: a loss that is not finite.
         """
         cell, together = cells[0], len(cells) > 1
         params, optimizer = self._start(cells)
@@ -87,16 +90,24 @@ class Trainer:
             arguments = (batch, rates[step], seeds if together else seeds[0], np.int32(step))
             params, optimizer, loss = step_fn(self.settings, params, optimizer, *arguments)
             if before is not None:  # the step before: one is always under way
-                progress(step, float(np.mean(jax.device_get(before))))
+                progress(step, self._checked(before, cells))
             before = loss
             if each_epoch and (step + 1) % per_epoch == 0:
+                self._checked(before, cells)
                 each_epoch((step + 1) // per_epoch, params)
-        if not np.isfinite(jax.device_get(before)).all():
-            raise DivergedError(
-                f"{self.data.task.name}: the training diverged at learning rate {cell.learning_rate:g}, seed "
-                f"{', '.join(str(cell.seed) for cell in cells)}; take a lower protocol.learning_rates"
-            )
+        self._checked(before, cells)
         return params
+
+    def _checked(self, loss: jax.Array, cells: Sequence[Training]) -> float:
+        """The mean loss of the seeds; raises DivergedError when one is not finite."""
+        value = float(np.mean(jax.device_get(loss)))
+        if not math.isfinite(value):
+            seeds = ", ".join(str(cell.seed) for cell in cells)
+            raise DivergedError(
+                f"{self.data.task.name}: the training diverged at learning rate {cells[0].learning_rate:g}, seed {seeds}; take a lower "
+                f"protocol.learning_rates"
+            )
+        return value
 
     def _start(self, cells: Sequence[Training]) -> tuple[dict, optax.OptState]:
         given = with_words(self._given, self.data.vocabulary, 256)
@@ -113,7 +124,7 @@ class Trainer:
 
     def _batches(self, cells: Sequence[Training]) -> Iterator[Batch]:
         """Every epoch all examples, in an order that the seed alone decides; the last batch holds what is left."""
-        train, size = self.data.train, cells[0].batch_size
+        train, size = self.data.train, min(cells[0].batch_size, len(self.data.train))
         orders = [RowOrder((len(train),), None, cell.seed) for cell in cells]
         make = partial(packed_batch, train, length=self.data.row_length, num_examples=size, row_step=self._row_step(train, size))
         for epoch in range(cells[0].epochs):
@@ -139,13 +150,14 @@ class Trainer:
     def logits(self, params: dict, split: str, *, together: bool = False) -> np.ndarray:
         """Of every example of a test split in its order: [n, C], or [K, n, C] with the parameters of several seeds."""
         tokens = self.data.tests[split]
+        row_step = self._row_step(tokens, PREDICTED_TOGETHER)
         function = steps.predict_seeds if together else steps.predict_one
         found = []
         for start in range(0, len(tokens), PREDICTED_TOGETHER):
             chosen = np.arange(start, min(start + PREDICTED_TOGETHER, len(tokens)))
             batch = packed_batch(
                 tokens, chosen, length=self.data.row_length, num_examples=PREDICTED_TOGETHER,
-                row_step=self._row_step(tokens, PREDICTED_TOGETHER),
+                row_step=row_step,
             )  # fmt: skip
             found.append((function(self.settings, params, self._place(batch)), len(chosen)))
         return np.concatenate([np.asarray(logits)[..., :count, :] for logits, count in found], axis=-2)
@@ -155,7 +167,8 @@ class Trainer:
         logits = self.logits(params, split, together=together)
         return [score(self.data.task, each, self.data.tests[split].labels) for each in (logits if together else [logits])]
 
-    def whole(self, params: dict, cell: Training) -> dict:
-        """Parameters of one seed on the host, with the whole table of words."""
-        decayed = float(np.prod(1.0 - self.rates(cell).astype(np.float64) * self.protocol.weight_decay))
+    def whole(self, params: dict, cell: Training, epochs: int | None = None) -> dict:
+        """Parameters of one seed after so many epochs (default: all) on the host, with the whole table of words."""
+        rates = self.rates(cell)[: self.num_steps(cell) * (epochs or cell.epochs) // cell.epochs]
+        decayed = float(np.prod(1.0 - rates.astype(np.float64) * self.protocol.weight_decay))
         return with_all_words(jax.tree.map(np.asarray, jax.device_get(params)), self._given, self.data.vocabulary, decayed)

@@ -139,7 +139,7 @@ def _sources(run: Config | None, asked: dict[str, Any]) -> tuple[list[SourceConf
     """What to read, and the held-out share of its documents that alone counts."""
     if asked["text"] is not None:
         return [SourceConfig(path=asked["text"], column=asked["column"] or "text")], None
-    if run is not None and run.data.held_out > 0:
+    if run is not None and run.data.sources and run.data.held_out > 0:
         return list(run.data.sources), run.data.held_out
     return [SourceConfig(path=str(SHIPPED))], None
 

@@ -86,6 +86,6 @@ def find_tasks(names: tuple[str, ...], where: str = "tasks") -> tuple[Task, ...]
     found: dict[str, Task] = {}
     for i, name in enumerate(names):
         if name not in TASKS and name not in SUITES:
-            raise InputError(f"{where}.{i}: unknown task {name!r}{nearest(name, [*TASKS, *SUITES])}")
+            raise InputError(f"{where}.{i}: unknown task {name!r}{nearest(name, {*TASKS, *SUITES})}")
         found |= {each: TASKS[each] for each in SUITES.get(name, (name,))}
     return tuple(found.values())

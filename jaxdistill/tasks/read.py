@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every text and label."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for column in self.texts:
+            for text in column:
+                digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()
 
     def sample(self, limit: int) -> Rows:
         """At most this many rows, a random subset that is always the same, in the order of the file."""
@@ -89,12 +99,14 @@ def _read_folder(task: Task, split: Split, data: Path) -> tuple[dict[str, list],
     if data.name == split.suite and not split.name:
         places.append(data)
     for place in places:
-        files = sorted(file for ending in ("-*.parquet", ".parquet", "-*.jsonl", ".jsonl") for file in place.glob(split.split + ending))
+        found = (sorted(place.glob(split.split + ending)) for ending in ("-*.parquet", ".parquet", "-*.jsonl", ".jsonl"))
+        files = next(filter(None, found), [])  # of several forms the first: a copy is no further half
         if files:
-            columns: dict[str, list] = {}
-            for file in files:
-                for name, values in _read_file(file).items():
-                    columns.setdefault(name, []).extend(values)
+            parts = [_read_file(file) for file in files]
+            for file, part in zip(files, parts, strict=True):
+                if set(part) != set(parts[0]):
+                    raise InputError(f"{file}: columns {', '.join(part)}, and {files[0].name} has {', '.join(parts[0])}")
+            columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
             return columns, str(files[0] if len(files) == 1 else place)
     named = "/".join(filter(None, (split.suite, split.name)))
     raise MissingSplit(f"{data}: no split {split.split!r} of {task.name} ({named}/{split.split}-*.parquet or .jsonl)")

@@ -14,7 +14,7 @@ from jaxdistill.compare import compare
 from jaxdistill.compare.figures import Point, labelled, pareto, pareto_front
 from jaxdistill.compare.heat import heat_map
 from jaxdistill.compare.plots import cost_plots, kept_map, lost_maps
-from jaxdistill.compare.speed import choose_setting
+from jaxdistill.compare.speed import choose_setting, milliseconds, setting_title
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 EVIL = "<script>alert(1)</script>\"'&<img src=http://evil.example/x onerror=alert(1)>"
@@ -210,17 +210,26 @@ def test_latency_of_the_setting_that_most_have(tmp_path):
     )
     for name in "cde":
         write_result(tmp_path, name, None, latency=measured(1.0, "pytorch", 32, "cuda"))
-    assert choose_setting(board_of(tmp_path).measured) == ("jax", "cpu", 1, 128)
+    assert choose_setting(board_of(tmp_path).measured)[:4] == ("jax", "cpu", 1, 128)
     for name in "fg":
         write_result(tmp_path, name, None, latency=measured(1.0, "pytorch", 32, "cuda"))
-    assert choose_setting(board_of(tmp_path).measured) == ("pytorch", "cuda", 32, 128)  # two of seven are too few
+    assert choose_setting(board_of(tmp_path).measured)[:4] == ("pytorch", "cuda", 32, 128)  # two of seven are too few
 
 
 def test_of_two_frameworks_jax_stands_for_the_models(tmp_path):
     both = {"measurements": [*measured(1.0)["measurements"], *measured(2.0, "pytorch")["measurements"]]}
     write_result(tmp_path, "a", None, latency=both)
     write_result(tmp_path, "b", None, latency=measured(2.0, "pytorch"))
-    assert choose_setting(board_of(tmp_path).measured) == ("jax", "cpu", 1, 128)
+    assert choose_setting(board_of(tmp_path).measured)[:4] == ("jax", "cpu", 1, 128)
+
+
+def test_latencies_of_two_dtypes_do_not_stand_in_one_column(tmp_path):
+    for name, dtype, milliseconds_each in (("a", "float32", 4.0), ("b", "float32", 2.0), ("c", "bfloat16", 1.0)):
+        write_result(tmp_path, name, None, latency=measured(milliseconds_each) | {"dtype": dtype})
+    board = board_of(tmp_path)
+    setting = choose_setting(board.measured)
+    assert setting[4] == "float32" and "float32" in setting_title(setting)
+    assert milliseconds(entry_of(board, "b"), setting) is not None and milliseconds(entry_of(board, "c"), setting) is None
 
 
 def test_published_points_are_hollow_and_their_latency_is_not_ours(results):

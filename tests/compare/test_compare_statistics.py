@@ -72,9 +72,11 @@ def test_grids_pair_only_with_the_same_grid():
     assert paired(grid(1, 2, best=0), grid(1, 3, best=1)).why == "other hyperparameters"
 
 
-def test_average_is_seed_by_seed_over_common_seeds():
+def test_average_is_seed_by_seed():
+    assert mean_of([cell(10.0, 20.0), cell(30.0, 20.0)]).values == {0: 20.0, 1: 20.0}
+    # A task that lacks a seed: the mean of the cells beside it, and no deviation or pairs of fewer seeds than they show.
     found = mean_of([cell(10.0, 20.0, 30.0), cell(30.0, 20.0, first=1)])
-    assert found.values == {1: 25.0, 2: 25.0}
+    assert (found.mean, found.deviation, found.values) == (22.5, None, {})
     assert mean_of([cell(10.0), cell(30.0, first=1)]).alone == 20.0
 
 
@@ -120,12 +122,27 @@ def test_a_run_that_diverged_is_left_out_and_named():
         ({"rta": task([])}, "unknown task 'rta'; did you mean 'rte'"),
         ({"rte": {"examples": {}}}, "x.json: scores.tasks.rte: not as evaluate writes it: no 'runs'"),
         ({"rte": task([{"seed": 0}])}, "not as evaluate writes it: no 'scores'"),
-        ({"rte": task([{"seed": 0, "scores": {}}])}, "not as evaluate writes it: no 'validation'"),
     ],
 )
 def test_scores_that_nobody_wrote(tasks, message):
     with pytest.raises(InputError, match=message):
         read_cells({"tasks": tasks}, "x.json")
+
+
+@pytest.mark.parametrize("change", [{"max_length": 64}, {"weight_decay": 0.1}, {"train_limit": 100}, {"precision": "bfloat16"}])
+def test_only_runs_of_one_protocol_are_paired(change):
+    listed = runs(0.6, 0.62, 0.64)
+    first = read_cells({"tasks": {"rte": task(listed)}, "protocol": {"max_length": 128}}, "x.json")[0][RTE]
+    other = read_cells({"tasks": {"rte": task(listed)}, "protocol": {"max_length": 128} | change}, "x.json")[0][RTE]
+    assert paired(first, first).n == 3
+    assert paired(first, other).why == "other hyperparameters"
+
+
+def test_a_diverged_run_leaves_the_others():
+    listed = [*runs(0.6, 0.62), {"seed": 2, "learning_rate": 1.0, "batch_size": 32, "epochs": 3, "diverged": True, "scores": {}}]
+    cells, notes = read_cells({"tasks": {"rte": task(listed)}}, "x.json")
+    assert cells[RTE].values == {0: 60.0, 1: 62.0}
+    assert "RTE: the run of seed 2 has no finite score and is left out" in notes
 
 
 def test_a_model_that_was_not_fine_tuned_here():

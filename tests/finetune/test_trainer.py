@@ -125,6 +125,17 @@ def test_words_that_the_task_lacks_only_decay(config, reference):
     assert moved.min() == pytest.approx(moved.max(), abs=1e-6) and 0.99 < moved.max() < 0.9999
 
 
+def test_weight_decay_of_the_other_words_up_to_an_epoch(config):
+    trainer = make_trainer(config, tiny_data(config), Protocol(weight_decay=0.5))
+    params = {"embeddings": {"word": {"embedding": np.zeros((len(trainer.data.vocabulary), config.hidden_size), np.float32)}}}
+    unused = np.setdiff1d(np.arange(config.vocab_size), trainer.data.vocabulary)[0]
+    before = trainer._given["embeddings"]["word"]["embedding"][unused]
+    rates = 2e-3 * np.array([6, 5, 4, 3, 2, 1]) / 6
+    for epochs, steps in ((1, 3), (2, 6), (None, 6)):
+        table = trainer.whole(params, CELL, epochs)["embeddings"]["word"]["embedding"]
+        np.testing.assert_allclose(table[unused] / before, np.prod(1 - 0.5 * rates[:steps]), rtol=1e-5)
+
+
 def test_seeds_together_are_seeds_one_after_the_other(config, reference):
     trainer = make_trainer(config, tiny_data(config))
     cells = [dataclasses.replace(CELL, seed=seed) for seed in (3, 4)]

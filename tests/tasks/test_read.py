@@ -43,6 +43,18 @@ def test_several_files_make_one_split(tmp_path):
     assert read(tmp_path).labels.tolist() == [label for i in range(3) for label in task_columns("rte", 4, i)["label"]]
 
 
+def test_of_two_forms_one_is_read(tmp_path):
+    write_split(tmp_path / "rte", "validation", task_columns("rte", 4))
+    write_lines(tmp_path / "rte" / "validation.jsonl", task_columns("rte", 4))
+    assert len(read(tmp_path)) == 4
+
+
+def test_files_of_one_split_have_the_same_columns(tmp_path):
+    write_lines(tmp_path / "rte" / "validation-0.jsonl", task_columns("rte", 3))
+    write_lines(tmp_path / "rte" / "validation-1.jsonl", {name: v for name, v in task_columns("rte", 3).items() if name != "label"})
+    refused(r"validation-1\.jsonl: columns sentence1, sentence2, and validation-0\.jsonl has sentence1, sentence2, label", tmp_path)
+
+
 def test_regression_and_mnli(tmp_path):
     write_task(tmp_path, "stsb")
     write_task(tmp_path, "mnli")
