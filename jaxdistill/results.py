@@ -81,7 +81,7 @@ class _Lost(_Loose):
 
 
 class _Result(_Loose):
-    name: str
+    name: str = ""
     model: dict[str, Any]
     scores: _Scores | None = None
     latency: _Latency | None = None

@@ -10,7 +10,9 @@ import yaml
 from tiny_models import tiny_config, write_model
 from tiny_texts import ROBERTA_SPECIAL, byte_level_bpe, make_texts, write_folder
 
+from jaxdistill.config import load_config
 from jaxdistill.data import load_tokenizer
+from jaxdistill.lost import SHIPPED, _sources
 from jaxdistill.results import read_result
 
 pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.long]
@@ -116,3 +118,9 @@ def test_results_of_other_weights_are_refused_before_measuring(cli, run, tmp_pat
     (tmp_path / "small.json").write_text(json.dumps({"format": "jaxdistill results", "model": {"weights_sha256": "0", "source": "x"}}))
     code, out, err = cli("lost", run / "export" / "small", "--length", "16", "--results", tmp_path)
     assert (code, out) == (2, "") and "results of a model with other weights (x)" in err
+
+
+def test_a_run_on_a_task_has_no_text_of_its_own():
+    task = {"teacher": "t", "data": {"task": "sst2"}, "students": {"x": {"num_layers": 1}}, "objective": ["label_kl"], "output": "o"}
+    sources, held_out = _sources(load_config(task | {"training": {"epochs": 1}}), {"text": None, "column": None})
+    assert sources[0].path == str(SHIPPED) and held_out is None
