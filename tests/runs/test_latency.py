@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 latency = importlib.import_module("jaxdistill.latency")
 FIELDS = {
     "framework", "device", "threads", "batch_size", "length", "repeats", "mean_seconds", "deviation_seconds", "examples_per_second",
-    "memory_bytes",
+    "memory_bytes", "dtype",
 }  # fmt: skip
 
 
@@ -77,6 +77,24 @@ def test_bfloat16(cli, models, tmp_path):
     assert code == 0, err
     section = read_result(tmp_path / "student.json")["latency"]
     assert (section["dtype"], section["weights_bytes"]) == ("bfloat16", 2 * num_parameters(tiny_config(num_layers=1)))
+    for batch_size in ("2", "2", "1"):  # beside what was measured before; the same again in its place
+        code, _, err = cli(
+            "latency",
+            models / "student",
+            "--framework",
+            "jax",
+            "--batch-size",
+            batch_size,
+            "--length",
+            "8",
+            "--repeats",
+            "2",
+            "--results",
+            tmp_path,
+        )
+        assert code == 0, err
+    found = read_result(tmp_path / "student.json")["latency"]["measurements"]
+    assert [(one["dtype"], one["batch_size"]) for one in found] == [("bfloat16", 1), ("float32", 2), ("float32", 1)]
 
 
 @pytest.mark.torch
