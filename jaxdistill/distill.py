@@ -116,7 +116,8 @@ def without_lost(run: Run, lost: set[Path]) -> Run:
         raise DivergedError(f"stage {run.stage}: every student of it has diverged in an earlier one; begin anew with a lower learning rate")
     warnings = tuple(f"{name} has diverged in an earlier stage and is left out of this one" for name in gone)
     students = tuple(student for student in run.students if student.name not in gone)
-    return replace(run, students=students, warnings=run.warnings + warnings)
+    checkpoints = {name: folder for name, folder in run.checkpoints.items() if name not in gone}
+    return replace(run, students=students, checkpoints=checkpoints, warnings=run.warnings + warnings)
 
 
 def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
