@@ -184,10 +184,13 @@ def test_labels_that_do_not_fit(kind, student, teacher, message):
 
 
 def test_labels_by_other_names_are_taken_by_their_number():
-    bind(LabelKL(), LabelMSE(), student=LEARNER, teacher=labelled("LABEL_0", "LABEL_1", "LABEL_2", teacher=True))
-    bind(LabelKL(), student=LEARNER, teacher=labelled("NO", "MAYBE", "YES", teacher=True))
-    bind(LabelCrossEntropy(), student=LEARNER, teacher=TEACHER)  # it reads no teacher
-    bind(LabelMSE(), LabelCrossEntropy(), student=labelled("score"), teacher=labelled("LABEL_0", teacher=True))
+    numbered, renamed = labelled("LABEL_0", "LABEL_1", "LABEL_2", teacher=True), labelled("NO", "MAYBE", "YES", teacher=True)
+    for teacher in (numbered, renamed):
+        assert [term.kind for term in bind(LabelKL(), LabelMSE(), student=LEARNER, teacher=teacher)] == ["label_kl", "label_mse"]
+    (hard,) = bind(LabelCrossEntropy(), student=LEARNER, teacher=TEACHER)
+    assert hard.parts[0].teacher == ()  # it reads no teacher
+    values = bind(LabelMSE(), LabelCrossEntropy(), student=labelled("score"), teacher=labelled("LABEL_0", teacher=True))
+    assert [term.kind for term in values] == ["label_mse", "label_cross_entropy"]
 
 
 def test_labels_by_hand():
