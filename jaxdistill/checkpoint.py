@@ -30,9 +30,9 @@ RUN_FILES = frozenset(
 # Fields that may change between the parts of a run: they change neither the batches nor, beyond rounding, the numbers.
 # The weights of the teacher and the text are compared by content, so both may move.
 FREE_FIELDS = frozenset(
-    "output teacher teacher_name mesh export data.store data.tokenizer data.sources.*.path data.task.data training.micro_batches "
-    "training.freeze_after training.log_every training.evaluate_every training.evaluate_rows training.checkpoint_every "
-    "training.keep_checkpoints training.tensorboard training.wandb".split()
+    "output teacher teacher_name mesh kernels export data.store data.tokenizer data.sources.*.path data.task.data training.micro_batches "
+    "training.rematerialise training.freeze_after training.log_every training.evaluate_every training.evaluate_rows "
+    "training.checkpoint_every training.keep_checkpoints training.tensorboard training.wandb".split()
 )
 
 _FREE_CHECKPOINT = re.compile(r"(stages\.[^.]+\.)?students\..+\.initialise\.checkpoint")  # read once, at the start

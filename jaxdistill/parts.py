@@ -14,6 +14,7 @@ from jaxdistill import losses
 from jaxdistill.config import LayerMapConfig, Schedule
 from jaxdistill.errors import InputError
 from jaxdistill.features import Feature
+from jaxdistill.kernels import ON_CPU, Kernels
 from jaxdistill.layer_map import Pairs
 from jaxdistill.models import EncoderConfig
 
@@ -46,6 +47,7 @@ class Inputs:
     step: Any  # int32
     negatives: dict[str, tuple[TextVectors, ...]]  # rows of the other micro-batches, and of a memory bank
     row_labels: jax.Array | None = None  # [B] of a task's examples; int32, float32 of a regression
+    kernels: Kernels = ON_CPU
 
     @property
     def rows(self) -> jax.Array:

@@ -13,6 +13,7 @@ from jaxdistill.config import CheckpointConfig, Config
 from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokenizer
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.features import Feature, deepest_layer
+from jaxdistill.kernels import Kernels, Platform
 from jaxdistill.models import EncoderConfig, find_model, load_config, with_mlm_head
 from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
@@ -85,8 +86,11 @@ class Run:
         return {s.name: {term.name: entry(term) for term in s.terms} for s in self.students}
 
 
-def resolve_stages(config: Config, *, num_devices: int | None = None) -> tuple[Run, ...]:
+def resolve_stages(config: Config, *, num_devices: int | None = None, platform: Platform | None = None) -> tuple[Run, ...]:
     """The runs of a config (one without stages), each checked against those before it.
+
+    Args:
+      num_devices, platform: that it is to run on; default: those here.
 
     Raises:
       InputError: one line that names the field and what would be right.
@@ -95,7 +99,7 @@ def resolve_stages(config: Config, *, num_devices: int | None = None) -> tuple[R
     runs: list[Run] = []
     planned: dict[str, Model] = {}
     for stage in stages_of(config):
-        run = _resolve(stage, planned, num_devices)
+        run = _resolve(stage, planned, num_devices or jax.device_count(), platform or jax.default_backend())
         runs.append(run)
         for student in run.students:
             folder = run.output / "export" / student.name
@@ -104,27 +108,27 @@ def resolve_stages(config: Config, *, num_devices: int | None = None) -> tuple[R
     idle = tuple(f"students.{name}: no stage trains it" for name in config.students if name not in trained)
     runs[0] = replace(runs[0], warnings=runs[0].warnings + idle)
     if len(runs) > 1:
-        runs[-1] = replace(runs[-1], saved=_settled(config))
+        runs[-1] = replace(runs[-1], saved=_settled(config, platform or jax.default_backend()))
     return tuple(runs)
 
 
-def resolve(config: Config, *, num_devices: int | None = None) -> Run:
+def resolve(config: Config, *, num_devices: int | None = None, platform: Platform | None = None) -> Run:
     """Check a config against its teacher, its tokenizer and the devices (default: those here); with stages, its last one.
 
     Raises:
       InputError: one line that names the field and what would be right.
     """
-    return resolve_stages(config, num_devices=num_devices)[-1]
+    return resolve_stages(config, num_devices=num_devices, platform=platform)[-1]
 
 
-def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int | None) -> Run:
+def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platform: Platform) -> Run:
     config = stage.config
     teacher = _model(config.teacher, planned, stage.teacher)
     tokenizer_source = find_model(config.data.tokenizer) if config.data.tokenizer else teacher.tokenizer
     tokenizer = load_tokenizer(tokenizer_source)
     _check_text(config, teacher.config, tokenizer)
-    config = _settled(config)
-    mesh = mesh_shape(config.mesh, num_devices or jax.device_count())
+    config = _settled(config, platform)
+    mesh = mesh_shape(config.mesh, num_devices)
     _check_batch(config, mesh)
     students, copied, checkpoints, warnings = [], {}, {}, []
     for name, student in config.students.items():
@@ -153,6 +157,7 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int | None
     settings = StepSettings(
         teacher.config, config.training.precision, config.training.seed, config.data.packing,
         _masking(config, students, tokenizer), config.training.freeze_after,
+        Kernels(platform, **config.kernels.model_dump()), config.training.rematerialise,
     )  # fmt: skip
     models = _folder(teacher, with_head=reads_logits), teacher.config, tokenizer_source, tokenizer
     return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
@@ -261,7 +266,7 @@ def _absolute_output(config: Config) -> Config:
     return config.model_copy(update={"output": str(Path(config.output).expanduser().absolute())})
 
 
-def _settled(config: Config) -> Config:
+def _settled(config: Config, platform: Platform) -> Config:
     """The precision that "auto" means here, and paths that hold from any working directory."""
 
     def absolute(path: str | None) -> str | None:
@@ -269,7 +274,7 @@ def _settled(config: Config) -> Config:
 
     precision = config.training.precision
     if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        precision = "float32" if platform == "cpu" else "bfloat16"
     sources, task = config.data.sources, config.data.task
     sources = sources and tuple(source.model_copy(update={"path": absolute(source.path)}) for source in sources)
     task = task and task.model_copy(update={"data": absolute(task.data)})

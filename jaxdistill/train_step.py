@@ -13,6 +13,7 @@ import optax
 
 from jaxdistill.data import Masking, mask_tokens
 from jaxdistill.features import EncoderOutput, Feature
+from jaxdistill.kernels import ON_CPU, Kernels, Platform
 from jaxdistill.models import EncoderConfig, forward
 from jaxdistill.objective import features_read, loss, measure
 from jaxdistill.parts import BoundTerm, Inputs, TextVectors, first_vectors
@@ -63,9 +64,9 @@ class TrainState:
     students: dict[str, StudentState]
 
 
-def precision(dtype: str):
+def precision(dtype: str, platform: Platform):
     """Of the matrix products: float32 means float32 also where an accelerator would use fewer bits for it; a CPU has no other."""
-    return jax.default_matmul_precision("highest" if dtype == "float32" and jax.default_backend() != "cpu" else None)
+    return jax.default_matmul_precision("highest" if dtype == "float32" and platform != "cpu" else None)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class StepSettings:
     packing: bool  # texts packed in a row do not see each other
     masking: Masking | None = None  # of masked input; None: no student reads it
     freeze_after: int = 20  # updates in a row that are not finite
+    kernels: Kernels = ON_CPU
+    rematerialise: str = "none"  # what the students' gradients compute again instead of keeping it
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ def teacher_features(settings: StepSettings, params: dict, seen: View, features:
     if not features:
         return EncoderOutput({}, {}, {}, {})
     output = forward(
-        settings.teacher, params, seen.input_ids, seen.mask, seen.token_type_ids, seen.segment_ids, features=features, dtype=settings.dtype
-    )
+        settings.teacher, params, seen.input_ids, seen.mask, seen.token_type_ids, seen.segment_ids,
+        features=features, dtype=settings.dtype, kernels=settings.kernels,
+    )  # fmt: skip
     return jax.lax.stop_gradient(output)
 
 
@@ -138,8 +142,9 @@ def student_parts(
     output = forward(
         student.config, trained["params"], seen.input_ids, seen.mask, seen.token_type_ids, seen.segment_ids,
         features=features_read(student.terms)[0], dropout=dropout, dtype=settings.dtype,
+        kernels=settings.kernels, rematerialise=settings.rematerialise,
     )  # fmt: skip
-    inputs = Inputs(seen.mask, seen.segment_ids, seen.labels, step, negatives or {}, seen.row_labels)
+    inputs = Inputs(seen.mask, seen.segment_ids, seen.labels, step, negatives or {}, seen.row_labels, settings.kernels)
     return measure(student.terms, output, teacher, trained["projections"], inputs)
 
 
@@ -189,7 +194,7 @@ def evaluation_step(
             for s in students
         }
 
-    with precision(settings.dtype):
+    with precision(settings.dtype, settings.kernels.platform):
         vectors = _text_vectors(settings, students, teacher_params, batch, key)
         return jax.tree.map(jnp.sum, _over_micro_batches(parts, batch, _numbered_rows(batch)))
 
@@ -284,7 +289,7 @@ def train_step(
         micro = _micro_batch(settings, students, teacher_params, batch, key, rows)
         return {s.name: {n: c for n, (_, c) in parts_of(s, trained[s.name], micro, rows, vectors).items()} for s in students}
 
-    with precision(settings.dtype):
+    with precision(settings.dtype, settings.kernels.platform):
         vectors = _text_vectors(settings, students, teacher_params, batch, key)
         if rows.shape[0] == 1:
             found, parts = gradients(None, vectors, *jax.tree.map(lambda x: x[0], (batch, rows)))

@@ -178,7 +178,10 @@ class TrainingConfig(Section):
     micro_batches: Positive = 1  # gradient accumulation: the batch in this many pieces, one after the other
     both_inputs: bool = False  # clean and masked text in one run: a second teacher pass
     dropout: Fraction | None = None  # of the students; default: the teacher's config
+    attention_dropout: Fraction | None = None  # of their attention weights; default: `dropout`, else the teacher's config
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: float32 on CPU, else bfloat16
+    teacher_weights: Literal["auto", "int8"] = "auto"  # auto: as the products; int8: matrices with a scale per column
+    rematerialise: Literal["none", "attention", "products", "blocks"] = "none"  # what the students' gradients compute again
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     freeze_after: Positive = 20  # updates in a row that are not finite; then the student is frozen, the others go on
     log_every: Positive = 20
@@ -218,6 +221,14 @@ class MeshConfig(Section):
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+
+
+class KernelsConfig(Section):
+    """Which implementation computes the same numbers; auto: by device and shape (`kernels/choice.py`). `plain` is the formula."""
+
+    attention: Literal["auto", "plain", "cudnn"] = "auto"  # of both encoders
+    relations: Literal["auto", "plain", "blocks", "attend", "cudnn", "pallas"] = "auto"  # relation and attention KL
+    logits: Literal["auto", "plain", "blocks"] = "auto"  # output distribution and masked language modelling
 
 
 class ExportConfig(Section):
@@ -283,6 +294,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     stages: Annotated[dict[str, StageConfig], BeforeValidator(_empty_for_null)] = Field(default_factory=dict)
     mesh: MeshConfig = MeshConfig()
+    kernels: KernelsConfig = KernelsConfig()
     export: ExportConfig = ExportConfig()
     output: str
 

@@ -90,25 +90,25 @@ def finetune_step(settings: Settings, params: dict, optimizer: optax.OptState, b
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def train(settings: Settings, params, optimizer, batch, rate, seed, step):
-    with precision(settings.dtype):
+    with precision(settings.dtype, jax.default_backend()):
         return finetune_step(settings, params, optimizer, batch, rate, seed, step)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def train_seeds(settings: Settings, params, optimizer, batch, rate, seed, step):
-    with precision(settings.dtype):
+    with precision(settings.dtype, jax.default_backend()):
         return jax.vmap(partial(finetune_step, settings), in_axes=(0, 0, 0, None, 0, None))(params, optimizer, batch, rate, seed, step)
 
 
 @partial(jax.jit, static_argnums=0)
 def predict_one(settings: Settings, params, batch):
-    with precision(settings.dtype):
+    with precision(settings.dtype, jax.default_backend()):
         return predict(settings, params, batch)
 
 
 @partial(jax.jit, static_argnums=0)
 def predict_seeds(settings: Settings, params, batch):
-    with precision(settings.dtype):
+    with precision(settings.dtype, jax.default_backend()):
         return jax.vmap(partial(predict, settings), in_axes=(0, None))(params, batch)
 
 

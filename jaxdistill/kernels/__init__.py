@@ -1,5 +1,6 @@
 """Faster ways to compute the numbers of `losses`; the plain form there is the oracle of each."""
 
+from jaxdistill.kernels.choice import ON_CPU, Kernels, Platform
 from jaxdistill.kernels.relations import attention_kl, relation_kl
 
-__all__ = ["attention_kl", "relation_kl"]
+__all__ = ["ON_CPU", "Kernels", "Platform", "attention_kl", "relation_kl"]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdistill.features import EncoderOutput, Feature, all_features, deepest_layer
+from jaxdistill.kernels import ON_CPU, Kernels
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import Classifier, MLMHead, Pooler
@@ -87,6 +88,8 @@ def forward(
     features: frozenset[Feature],
     dropout: RowKeys | None = None,
     dtype=jnp.float32,
+    kernels: Kernels = ON_CPU,
+    rematerialise: str = "none",
 ) -> EncoderOutput:
     """The features asked for, and no computation above the deepest of them. Without `dropout` it is deterministic.
 
@@ -96,6 +99,8 @@ def forward(
       attention_mask: 1 = real token.
       segment_ids: numbers of the texts packed in a row, 0 = padding; None: a row is one text.
       dtype: of the matrix products; softmax and norms are float32.
+      kernels: of the attention.
+      rematerialise: what a gradient computes again instead of keeping it: none, attention, products, blocks.
 
     Raises:
       ValueError: a layer that the model does not have, logits without their head or below the last layer, or a sequence
@@ -106,7 +111,7 @@ def forward(
     if {logits, labels} & features:
         output = forward(
             config, params, input_ids, attention_mask, token_type_ids, segment_ids,
-            features=features - {logits, labels} | {last}, dropout=dropout, dtype=dtype,
+            features=features - {logits, labels} | {last}, dropout=dropout, dtype=dtype, kernels=kernels, rematerialise=rematerialise,
         )  # fmt: skip
         if logits in features:
             output.logits[config.num_layers] = mlm_logits(config, params, output[last], dtype=dtype)
