@@ -18,11 +18,10 @@ from jaxdistill import runtime
 from jaxdistill.batches import training_batches
 from jaxdistill.config import load_config
 from jaxdistill.data import prepare
-from jaxdistill.distill import compile_step, place_teacher
 from jaxdistill.models import load_pretrained
 from jaxdistill.resolve import resolve
 from jaxdistill.sharding import create_mesh
-from jaxdistill.state import abstract_state, initial_state
+from jaxdistill.state import abstract_state, compile_step, initial_state, place_teacher
 
 
 def main() -> None:

@@ -18,12 +18,11 @@ import numpy as np
 
 from jaxdistill import runtime
 from jaxdistill.config import load_config
-from jaxdistill.distill import compile_step, place_teacher
 from jaxdistill.models import load_pretrained
 from jaxdistill.report import markdown_table
 from jaxdistill.resolve import Run, resolve
 from jaxdistill.sharding import create_mesh
-from jaxdistill.state import initial_state
+from jaxdistill.state import compile_step, initial_state, place_teacher
 
 OBJECTIVES = (
     {"layer_map": {"strategy": "teacher_layer", "teacher_layer": -2}},

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import runtime
@@ -35,16 +34,16 @@ from jaxdistill.errors import DivergedError, InputError
 from jaxdistill.export import export_run
 from jaxdistill.features import deepest_layer
 from jaxdistill.metrics import read_history
-from jaxdistill.models import EncoderConfig, layer_name, load_pretrained, num_parameters
+from jaxdistill.models import EncoderConfig, load_pretrained, num_parameters
 from jaxdistill.progress import Progress, choose_progress, preparing
 from jaxdistill.recorder import Recorder
 from jaxdistill.report import SUMMARY_COLUMNS, markdown_table, plot_losses, print_table, summary_row, summary_table
 from jaxdistill.resolve import Run, resolve_stages
-from jaxdistill.sharding import create_mesh, tree_shardings
-from jaxdistill.state import abstract_state, initial_state
+from jaxdistill.sharding import create_mesh
+from jaxdistill.state import abstract_state, compile_step, initial_state, place_teacher
 from jaxdistill.students import describe_initialisation, own_head, projected_embeddings
 from jaxdistill.tasks import open_task
-from jaxdistill.train_step import Student, TrainState, evaluation_step, train_step
+from jaxdistill.train_step import Student, TrainState, evaluation_step
 
 
 @dataclass(frozen=True)
@@ -217,24 +216,6 @@ def frozen_students(run: Run, state: TrainState, step: int) -> dict[str, int]:
     """Students that have diverged, with the step at which they were frozen."""
     over = {name: int(jax.device_get(s.failures)) - run.config.training.freeze_after for name, s in state.students.items()}
     return {name: step - count for name, count in over.items() if count >= 0}
-
-
-def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:
-    """The part of the teacher that the students read, on the devices; its matrices in the dtype of the products."""
-    layers = {layer_name(i): params["layers"][layer_name(i)] for i in range(1, deepest_layer(run.teacher_features) + 1)}
-    needed = {"embeddings": params["embeddings"], "layers": layers}
-    kinds = {feature.kind for feature in run.teacher_features}
-    heads = {"logits": ("mlm",), "label_logits": ("pooler", "classifier")}  # BERT's classifier reads the pooler, others have none
-    needed |= {head: params[head] for kind, names in heads.items() if kind in kinds for head in names if head in params}
-    needed = jax.tree.map(lambda x: x.astype(jnp.dtype(run.settings.dtype)) if x.ndim > 1 else x, needed)
-    return jax.device_put(needed, tree_shardings(needed, mesh))
-
-
-def compile_step(run: Run, state: TrainState, teacher: dict, batch: dict):
-    """The one compilation of the train step: what it returns takes these shapes and shardings and no others."""
-    out_shardings = (jax.tree.map(lambda x: x.sharding, state), None)
-    step = jax.jit(partial(train_step, run.settings, run.students), donate_argnums=0, out_shardings=out_shardings)
-    return step.lower(state, teacher, batch).compile()
 
 
 def evaluate_held_out(compiled, run: Run, store: RowSource, mesh: jax.sharding.Mesh, teacher: dict, state: TrainState, step: int):

@@ -1,4 +1,4 @@
-"""The train state of a run before any array exists, and at its first step."""
+"""What the step takes: the train state, before any array exists and at its first step, and the teacher; and its compilation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.features import deepest_layer
+from jaxdistill.models import layer_name
 from jaxdistill.objective import initial_projections
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import tree_shardings
 from jaxdistill.students import initial_params, student_key
-from jaxdistill.train_step import Student, StudentState, TrainState
+from jaxdistill.train_step import Student, StudentState, TrainState, train_step
 
 
 def initial_state(run: Run, teacher_params: dict, checkpoints: dict[str, dict] | None = None) -> TrainState:
@@ -51,3 +53,29 @@ def abstract_state(run: Run, teacher_params: dict, mesh: jax.sharding.Mesh, chec
     shapes = jax.eval_shape(partial(initial_state, run), teacher_params, checkpoints)
     shardings = tree_shardings(shapes, mesh)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
+
+
+def read_of_teacher(run: Run, params: dict) -> dict:
+    """The part of the teacher that the students read; its matrices in the dtype of the products. Pure."""
+    layers = {layer_name(i): params["layers"][layer_name(i)] for i in range(1, deepest_layer(run.teacher_features) + 1)}
+    needed = {"embeddings": params["embeddings"], "layers": layers}
+    kinds = {feature.kind for feature in run.teacher_features}
+    heads = {"logits": ("mlm",), "label_logits": ("pooler", "classifier")}  # BERT's classifier reads the pooler, others have none
+    needed |= {head: params[head] for kind, names in heads.items() if kind in kinds for head in names if head in params}
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(run.settings.dtype)) if x.ndim > 1 else x, needed)
+
+
+def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:
+    """What the students read of the teacher, on the devices."""
+    needed = read_of_teacher(run, params)
+    return jax.device_put(needed, tree_shardings(needed, mesh))
+
+
+def compile_step(run: Run, state: TrainState, teacher: dict, batch: dict) -> jax.stages.Compiled:
+    """The one compilation of the train step: what it returns takes these shapes and shardings and no others.
+
+    Args: arrays, or ShapeDtypeStructs with shardings, also of devices that are not here.
+    """
+    out_shardings = (jax.tree.map(lambda x: x.sharding, state), None)
+    step = jax.jit(partial(train_step, run.settings, run.students), donate_argnums=0, out_shardings=out_shardings)
+    return step.lower(state, teacher, batch).compile()

@@ -11,7 +11,7 @@ FLOW = [
     ["errors", "shapes"], ["features", "layer_map", "row_keys"], ["config"], ["sharding", "stages"], ["losses"], ["kernels"], ["models"],
     ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"],
     ["flops", "metrics", "progress", "runtime"], ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"],
-    ["export", "agreement", "recorder"], ["distill", "latency", "lost", "finetune", "compare"], ["evaluate"],
+    ["export", "agreement", "recorder", "plan"], ["distill", "latency", "lost", "finetune", "compare"], ["evaluate"],
     ["quickstart"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {

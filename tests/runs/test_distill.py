@@ -14,12 +14,11 @@ from jaxdistill.batches import training_batches
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.config import load_config
 from jaxdistill.data import prepare
-from jaxdistill.distill import compile_step, place_teacher
 from jaxdistill.errors import InputError
 from jaxdistill.models import load_pretrained
 from jaxdistill.resolve import resolve
 from jaxdistill.sharding import create_mesh
-from jaxdistill.state import abstract_state, initial_state
+from jaxdistill.state import abstract_state, compile_step, initial_state, place_teacher
 
 
 @pytest.fixture(scope="module")
