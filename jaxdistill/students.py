@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.config import CheckpointConfig, PreviousStudent, StudentConfig
 from jaxdistill.errors import InputError, nearest
-from jaxdistill.models import EncoderConfig, init_params, layer_name
+from jaxdistill.models import EncoderConfig, init_params, label_order, layer_name
 from jaxdistill.shapes import Array, Float, Key
 
 # layers, heads, hidden, feed-forward; without a prefix udagawa2023, table 1.
@@ -237,9 +237,7 @@ def own_head(config: EncoderConfig, other: EncoderConfig, params: dict) -> dict:
 
     Labels are the same by their names, or by their number where the checkpoint only numbers them (LABEL_0) or is a regression.
     """
-    unnamed = len(other.labels) == 1 or all(name == f"LABEL_{i}" for i, name in enumerate(other.labels))
-    ours, theirs = ([name.lower() for name in side.labels] for side in (config, other))
-    same = len(ours) == len(theirs) and (unnamed or ours == theirs)
+    same = label_order(config.labels, other.labels) == list(range(len(config.labels)))
     return params if same else {name: value for name, value in params.items() if name != "classifier"}
 
 

@@ -30,6 +30,7 @@ from jaxdistill.config import (
 )
 from jaxdistill.errors import InputError
 from jaxdistill.features import Feature
+from jaxdistill.models import label_order
 from jaxdistill.parts import BoundTerm, Inputs, Link, Part, Sides, SumAndCount, first_vectors, links_of
 
 
@@ -253,9 +254,9 @@ def _label_sides(term, sides: Sides, *, reads_teacher: bool = True) -> tuple[tup
             f"{sides.place}: {term.kind} reads the teacher's logits of the labels, and this teacher has no classification head; take one "
             f"that is fine-tuned on the task (a ...ForSequenceClassification), or label_cross_entropy, which reads no teacher"
         )
-    ours, given = ([name.lower() for name in names] for names in (labels, theirs))
-    if len(ours) != len(given) or (sorted(ours) == sorted(given) and ours != given):
-        order = " in another order" if len(ours) == len(given) else ""
+    order = label_order(labels, theirs)
+    if order != list(range(len(labels))):
+        order = " in another order" if order else ""
         raise InputError(
             f"{sides.place}: {term.kind} compares {_named(labels)}, and the teacher has {_named(theirs)}{order}; take a teacher that is "
             f"fine-tuned on the task of data.task"

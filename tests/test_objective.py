@@ -174,6 +174,12 @@ def labelled(*labels, teacher=False):
         (LabelMSE, labelled("score"), TUNED, "compares one value, and the teacher has 3 labels"),
         (LabelMSE, LEARNER, labelled("value", teacher=True), "the teacher has one value; take a teacher that is fine-tuned"),
         (LabelKL, LEARNER, labelled("Yes", "maybe", "No", teacher=True), r"the teacher has 3 labels \(Yes, maybe, No\) in another order;"),
+        (
+            LabelKL,
+            LEARNER,
+            labelled("red", "green", "blue", teacher=True),
+            r"the teacher has 3 labels \(red, green, blue\); take a teacher",
+        ),
         (LabelKL, labelled("score"), labelled("score", teacher=True), "the task of data.task is a regression; take label_mse"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxdistill.data import TextTokenizer, check_tokenizer, load_tokenizer
 from jaxdistill.errors import InputError
 from jaxdistill.finetune.step import Settings
 from jaxdistill.finetune.trainer import TaskData, Trainer, Training
-from jaxdistill.models import EncoderConfig, find_model, load_config
+from jaxdistill.models import EncoderConfig, find_model, label_order, load_config
 from jaxdistill.sharding import create_mesh
 from jaxdistill.tasks import MissingSplit, Rows, Task, encode_rows, read_split, row_length
 
@@ -147,13 +146,10 @@ def head_order(model: Evaluated, task: Task) -> list[int]:
     Raises:
       InputError: no classification head, or one for other labels.
     """
-    wanted, there = ([name.lower() for name in names] for names in (task.outputs, model.config.labels))
-    if len(wanted) == len(there):
-        if task.range or all(re.fullmatch(r"label_\d+", name) for name in there):
-            return list(range(len(wanted)))
-        if sorted(wanted) == sorted(there):
-            return [there.index(name) for name in wanted]
-    has = f"a head for {', '.join(model.config.labels)}" if there else "no classification head"
+    order = label_order(task.outputs, model.config.labels)
+    if order is not None:
+        return order
+    has = f"a head for {', '.join(model.config.labels)}" if model.config.labels else "no classification head"
     raise InputError(f"{model.source}: has {has}, {task.name} needs {', '.join(task.outputs)}; leave train=false out to fine-tune it")
 
 

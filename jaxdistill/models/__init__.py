@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxdistill.features import EncoderOutput, Feature, all_features, deepest_layer
 from jaxdistill.kernels import ON_CPU, Kernels
-from jaxdistill.models.config import EncoderConfig
+from jaxdistill.models.config import EncoderConfig, label_order
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import Classifier, MLMHead, Pooler
 from jaxdistill.models.hub import find_model, weights_sha256
@@ -32,6 +32,7 @@ __all__ = [
     "init_params",
     "is_read",
     "label_logits",
+    "label_order",
     "layer_name",
     "load_config",
     "load_pretrained",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,3 +45,16 @@ class EncoderConfig:
     @property
     def max_sequence_length(self) -> int:
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.positions_from_padding else 0)
+
+
+def label_order(wanted: Sequence[str], there: Sequence[str]) -> list[int] | None:
+    """For each label that is wanted, which output of a classification head with the labels `there` it is.
+
+    None: it is a head for others. Outputs that are only numbered (LABEL_0), and the single one of a regression, count as they stand.
+    """
+    wanted, there = ([name.lower() for name in names] for names in (wanted, there))
+    if len(wanted) != len(there):
+        return None
+    if len(there) == 1 or all(re.fullmatch(r"label_\d+", name) for name in there):
+        return list(range(len(wanted)))
+    return [there.index(name) for name in wanted] if sorted(wanted) == sorted(there) else None
