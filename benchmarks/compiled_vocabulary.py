@@ -1,17 +1,15 @@
-"""Temporaries and cycles of an output-distribution step from an XLM-R-sized vocabulary, compiled ahead of time for a TPU that need not be here.
+"""Memory of an output-distribution step from an XLM-R-sized vocabulary, compiled for a TPU that need not be here.
 
     pip install '.[tpu]'; JAX_PLATFORMS=cpu python benchmarks/compiled_vocabulary.py [--topology v5e:4x4] [--forms blocks,plain]
 
 XLM-R-base's shape (12 x 768, 250,002 pieces) with its MLM head teaches 6 x 768 by `output_kl`, 32 x 256 tokens per chip, every position
-counted. The teacher's weights are never read: its folder holds a config, an empty MLM head and a tokenizer of eight words.
-Cycles: the compiler's own estimates, the body of a loop as often as it runs when all tokens are counted.
+counted. The teacher's weights are never read: its folder holds a config, the name of an MLM head and a tokenizer of numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -30,11 +28,11 @@ XLMR_BASE = {
     "layer_norm_eps": 1e-5, "hidden_act": "gelu", "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "dtype": "float32",
 }  # fmt: skip
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
-CLOCK = {"v5e": 1.5e9}  # Hz
+ROWS, LENGTH = 32, 256
 
 
 def write_teacher(folder: Path) -> Path:
-    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "one", "two", "three"]
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *map(str, range(XLMR_BASE["vocab_size"] - 5))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -45,16 +43,46 @@ def write_teacher(folder: Path) -> Path:
     return folder
 
 
-def cycles(text: str, trips: dict[str, int]) -> tuple[int, dict[str, int]]:
-    """The entry computation's cycles with its loops, and those of each loop's body, by the loops' place in the program."""
-    own, loops, name = {}, {}, ""
-    for line in text.splitlines():
-        if header := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = header[1]
-            own[name], loops[name] = 0, []
-            entry = name if line.startswith("ENTRY") else locals().get("entry")
-        elif name:
-            own[name] += sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
-            loops[name] += re.findall(r" while\(.*body=%?([\w.\-]+)", line)
-            loops[name] += re.findall(r"(?:true_computation|false_computation|to_apply)=%?([\w.\-]+)", line) if " conditional(" in line else []
-    return own, loops, entry
+def compiled(teacher: Path, folder: Path, topology: str, form: str, positions: str) -> str:
+    devices = topology_devices(topology)
+    config = {
+        "teacher": str(teacher),
+        "data": {"sources": [str(folder / "no-text.txt")], "sequence_length": LENGTH},
+        "students": {"student": {"num_layers": 6, "hidden_size": 768, "num_heads": 12}},
+        "objective": [{"kind": "output_kl", "positions": positions}],
+        "training": {"steps": 1000, "batch_size": ROWS * len(devices), "dropout": 0.0},
+        "kernels": {"logits": form},
+        "output": str(folder / "run"),
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    run = resolve(load_config(path), num_devices=len(devices), platform="tpu")
+    start = time.perf_counter()
+    memory = compile_ahead(run, devices).memory_analysis()
+    seconds = time.perf_counter() - start
+    sizes = memory.temp_size_in_bytes / 1e9, memory.argument_size_in_bytes / 1e9
+    return f"| {form} | {positions} | {sizes[0]:.2f} | {sizes[1]:.2f} | {seconds:.0f} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--forms", default="blocks,plain")
+    parser.add_argument("--positions", default="all", choices=("all", "masked"))
+    options = parser.parse_args()
+    print(f"{options.topology}, {ROWS} x {LENGTH} tokens per chip")
+    print("| kernels.logits | positions | temporaries, GB per chip | arguments, GB per chip | compiled in s |\n|---|---|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        teacher = folder / "teacher"
+        teacher.mkdir()
+        write_teacher(teacher)
+        for form in options.forms.split(","):
+            try:
+                print(compiled(teacher, folder, options.topology, form, options.positions), flush=True)
+            except RuntimeError as error:  # the compiler refuses what does not fit the chip, and says how much it would be
+                print(f"| {form} | {options.positions} | refused: {str(error).splitlines()[0][:200]} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
