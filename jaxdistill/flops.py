@@ -22,7 +22,7 @@ def forward_flops_per_token(config: EncoderConfig, sequence_length: int, feature
     if deepest == 0:
         return 0
     if Feature("logits", deepest) in features:
-        return deepest * block + 2 * width * (width + config.vocab_size)
+        return deepest * block + projection  # the head's transform; the vocabulary belongs to the losses, which choose the tokens
     if {Feature("hidden", deepest), Feature("label_logits", deepest)} & features:  # a classification head reads one token of a row
         return deepest * block
     return (deepest - 1) * block + projection * sum(feature.layer == deepest for feature in features)

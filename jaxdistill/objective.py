@@ -24,8 +24,12 @@ def bind_objective(
     *,
     steps: int = 1,
     teacher_has_mlm_head: bool = False,
+    masked_share: float = 0.15,
 ) -> tuple[BoundTerm, ...]:
     """Resolve layer maps and check that every term can be computed.
+
+    Args:
+      masked_share: of the tokens of masked text, those to be predicted; for the cost alone.
 
     Raises:
       InputError: a term that these two encoders cannot serve; names the place in the config and what would be right.
@@ -33,7 +37,7 @@ def bind_objective(
     bound: list[BoundTerm] = []
     for i, term in enumerate(terms):
         name = term.kind if all(other.kind != term.kind for other in terms[:i]) else f"{term.kind}_{i + 1}"
-        bound.append(bind_term(name, term, Sides(student, teacher, teacher_has_mlm_head, steps, f"{where}.{i}")))
+        bound.append(bind_term(name, term, Sides(student, teacher, teacher_has_mlm_head, steps, f"{where}.{i}", masked_share)))
     return tuple(bound)
 
 

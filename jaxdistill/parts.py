@@ -110,6 +110,7 @@ class Sides:
     teacher_has_mlm_head: bool
     steps: int
     place: str
+    masked_share: float = 0.15  # of the tokens of masked text: those to be predicted
 
     @property
     def widths(self) -> tuple[int, int]:

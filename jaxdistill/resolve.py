@@ -136,7 +136,7 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
         objective, where = (student.objective, f"{place}.objective") if student.objective else (config.objective, stage.objective)
         labels = find_task(config.data.task.name).outputs if config.data.task and reads_labels(objective) else ()
         shape, warned = student_config(student, teacher.config, dropout=config.training.dropout, where=place, labels=labels)
-        head = {"steps": config.training.steps, "teacher_has_mlm_head": teacher.has_mlm_head}
+        head = {"steps": config.training.steps, "teacher_has_mlm_head": teacher.has_mlm_head, "masked_share": config.masking.rate}
         terms = bind_objective(objective, shape, teacher.config, where, **head)
         text = student.input or ("masked" if reads_masked(objective) else "clean")
         if text == "clean" and needs_labels(objective):

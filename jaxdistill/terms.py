@@ -219,18 +219,21 @@ def _bind_output(name: str, term: OutputKL, sides: Sides) -> BoundTerm:
 
     def compute(student, teacher, projections, inputs: Inputs) -> SumAndCount:
         mask = inputs.mask if term.positions == "all" else (inputs.labels != -100).astype(jnp.int32)
-        return losses.output_kl(student[0], teacher[0], mask, temperature=term.temperature.at(inputs.step))
+        return kernels.output_kl(student[0], teacher[0], mask, temperature=term.temperature.at(inputs.step), kernels=inputs.kernels)
 
     depths = sides.student.num_layers, sides.teacher.num_layers
-    part = Part(name, 1.0, (Feature("logits", depths[0]),), (Feature("logits", depths[1]),), compute, lambda length: 0)
+    share = 1.0 if term.positions == "all" else sides.masked_share
+    cost = lambda length: round(share * 2 * sides.student.vocab_size * (3 * sides.widths[0] + sides.widths[1]))  # noqa: E731
+    part = Part(name, 1.0, (Feature("logits", depths[0]),), (Feature("logits", depths[1]),), compute, cost)
     return BoundTerm(name, term.kind, term.weight, (), (part,), f"logits of {term.positions} tokens, T {term.temperature}")
 
 
 def _bind_mlm(name: str, term: MLMCrossEntropy, sides: Sides) -> BoundTerm:
     def compute(student, teacher, projections, inputs: Inputs) -> SumAndCount:
-        return losses.mlm_cross_entropy(student[0], inputs.labels)
+        return kernels.mlm_cross_entropy(student[0], inputs.labels, kernels=inputs.kernels)
 
-    part = Part(name, 1.0, (Feature("logits", sides.student.num_layers),), (), compute, lambda length: 0)
+    cost = lambda length: round(sides.masked_share * 6 * sides.student.vocab_size * sides.widths[0])  # noqa: E731
+    part = Part(name, 1.0, (Feature("logits", sides.student.num_layers),), (), compute, cost)
     return BoundTerm(name, term.kind, term.weight, (), (part,), "labels of masked tokens")
 
 

@@ -26,7 +26,7 @@ from jaxdistill.config import (
     Schedule,
 )
 from jaxdistill.errors import InputError
-from jaxdistill.features import EncoderOutput, Feature
+from jaxdistill.features import EncoderOutput, Feature, VocabularyLogits
 from jaxdistill.layer_map import layer_pairs
 from jaxdistill.objective import (
     bind_objective,
@@ -333,7 +333,9 @@ def arrays(side: int, layers, widths=(48, 96), vocabulary=101) -> EncoderOutput:
         for i, kind in enumerate(("hidden", "query", "key", "value"))
     }
     rng = np.random.default_rng(side)
-    return EncoderOutput(**drawn, logits={n: jnp.asarray(rng.normal(size=(2, 9, vocabulary)), jnp.float32) for n in layers})
+    shapes = (2, 9, widths[side]), (vocabulary, widths[side]), (vocabulary,)
+    logits = {n: VocabularyLogits(*(jnp.asarray(rng.normal(0.0, 0.5, shape), jnp.float32) for shape in shapes)) for n in layers}
+    return EncoderOutput(**drawn, logits=logits)
 
 
 def make_inputs(step=0, segments=True, **negatives) -> Inputs:
@@ -371,9 +373,9 @@ def test_measure_by_hand(packed):
             "direct_mse/value": losses.direct_mse(s.value[6], t.value[12], kernel["direct_mse.value"], mask),
             "hidden_mse": losses.hidden_mse(s.hidden[6], t.hidden[12], mask, kernel["hidden_mse"]),
             "hidden_cosine": losses.hidden_cosine(s.hidden[6], t.hidden[12], first, kernel["hidden_cosine"]),
-            "output_kl": losses.output_kl(s.logits[6], t.logits[12], mask, temperature=2.0),
-            "output_kl_9": losses.output_kl(s.logits[6], t.logits[12], (labels != -100).astype(jnp.int32), temperature=1.0),
-            "mlm_cross_entropy": losses.mlm_cross_entropy(s.logits[6], labels),
+            "output_kl": losses.output_kl(s.logits[6].dense(), t.logits[12].dense(), mask, temperature=2.0),
+            "output_kl_9": losses.output_kl(s.logits[6].dense(), t.logits[12].dense(), (labels != -100).astype(jnp.int32), temperature=1.0),
+            "mlm_cross_entropy": losses.mlm_cross_entropy(s.logits[6].dense(), labels),
         }
 
     both = jax.jit(lambda s, t: (measure(bound, s, t, projections, inputs), by_hand(s, t)))
@@ -417,7 +419,7 @@ def test_temperatures_and_weights_follow_the_step():
     (bound,) = bind(OutputKL(temperature=falling(4.0, 2.0, 8)))
     s, t = arrays(0, (6,)), arrays(1, (12,))
     inputs = make_inputs(step=jnp.int32(4))
-    expected = losses.output_kl(s.logits[6], t.logits[12], inputs.mask, temperature=3.0)
+    expected = losses.output_kl(s.logits[6].dense(), t.logits[12].dense(), inputs.mask, temperature=3.0)
     np.testing.assert_allclose(measure([bound], s, t, {}, inputs)["output_kl"], expected, rtol=1e-5)
 
 
@@ -565,9 +567,11 @@ def test_no_projections_of_terms_without():
 
 def test_flops_of_the_parts_by_hand():
     """A product of [n, k] and [k, m] is 2nkm; the student's side counts three times (its gradient), the teacher's once."""
-    bound = bind(term(), make(AttentionKL), make(DirectMSE, relation_heads=2), make(HiddenMSE), MLMCrossEntropy())
+    vocabulary = OutputKL(), OutputKL(positions="masked"), MLMCrossEntropy()
+    bound = bind(term(), make(AttentionKL), make(DirectMSE, relation_heads=2), make(HiddenMSE), *vocabulary)
     scores = 2 * 128 * 48 * 3 + 2 * 128 * 96
-    expected = [scores] * 3 + [scores] + [3 * 2 * 2 * 24 * 48] * 3 + [3 * 2 * 48 * 96, 0]
+    expected = [scores] * 3 + [scores] + [3 * 2 * 2 * 24 * 48] * 3 + [3 * 2 * 48 * 96]
+    expected += [2 * 101 * (3 * 48 + 96), round(0.15 * 2 * 101 * (3 * 48 + 96)), round(0.15 * 3 * 2 * 101 * 48)]
     assert [part.flops(128) for one in bound for part in one.parts] == expected
     (plain,) = bind(make(HiddenMSE), student=LIKE_TEACHER)
     assert plain.parts[0].flops(128) == 0

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdistill.features import EncoderOutput, Feature, all_features, deepest_layer
+from jaxdistill.features import EncoderOutput, Feature, VocabularyLogits, all_features, deepest_layer
 from jaxdistill.kernels import ON_CPU, Kernels
 from jaxdistill.models.config import EncoderConfig, label_order
 from jaxdistill.models.encoder import Encoder, layer_name
@@ -115,7 +115,7 @@ def forward(
             features=features - {logits, labels} | {last}, dropout=dropout, dtype=dtype, kernels=kernels, rematerialise=rematerialise,
         )  # fmt: skip
         if logits in features:
-            output.logits[config.num_layers] = mlm_logits(config, params, output[last], dtype=dtype)
+            output.logits[config.num_layers] = _mlm_head(config, params, output[last], dtype)
         if labels in features:
             output.label_logits[config.num_layers] = label_logits(config, params, output[last][:, 0], dropout=dropout, dtype=dtype)
         return output
@@ -168,6 +168,10 @@ def mlm_logits(config: EncoderConfig, params: Params, hidden: Float[Array, "*B S
     Raises:
       ValueError: the model has no MLM head.
     """
+    return _mlm_head(config, params, hidden, dtype).dense()
+
+
+def _mlm_head(config: EncoderConfig, params: Params, hidden: jax.Array, dtype) -> VocabularyLogits:
     if "mlm" not in params:
         raise ValueError("the model has no MLM head: load one from an MLM checkpoint (BertForMaskedLM, RobertaForMaskedLM)")
     head = _module(MLMHead, config, dtype, params["mlm"], tied="decoder" not in params["mlm"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdistill.features import VocabularyLogits
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.encoder import ACTIVATIONS, layer_norm, linear
 from jaxdistill.row_keys import RowKeys
@@ -31,12 +32,10 @@ class MLMHead(nnx.Module):
             init = nnx.initializers.truncated_normal(config.initializer_range)
             self.decoder = nnx.Param(init(rngs.params(), (config.hidden_size, config.vocab_size), jnp.float32))
 
-    def __call__(self, hidden: Float[Array, "*B S D"], word_embedding: Float[Array, "V D"]) -> Float[Array, "*B S V"]:
+    def __call__(self, hidden: Float[Array, "*B S D"], word_embedding: Float[Array, "V D"]) -> VocabularyLogits:
         activation = ACTIVATIONS[self.config.activation] if self.config.family == "bert" else ACTIVATIONS["gelu"]
-        x = self.norm(activation(self.dense(hidden))).astype(self.dtype)
-        kernel = self.decoder[...] if hasattr(self, "decoder") else word_embedding.T
-        logits = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits + jnp.broadcast_to(self.bias[...], logits.shape)
+        vectors = self.norm(activation(self.dense(hidden))).astype(self.dtype)
+        return VocabularyLogits(vectors, self.decoder[...].T if hasattr(self, "decoder") else word_embedding, self.bias[...])
 
 
 class Classifier(nnx.Module):
