@@ -25,7 +25,7 @@ def write_teacher(folder: Path, shape: str, *, mlm: bool = False) -> Path:
     """A teacher of this shape, every parameter random, biases and norms too; with a tokenizer that knows no real text."""
     config = EncoderConfig(**SHAPES[shape])
     params = jax.jit(partial(init_params, config, mlm=mlm))(jax.random.key(0))
-    save_pretrained(folder, config, with_noise(params, np.random.default_rng(0)))
+    save_pretrained(folder, config, with_noise(params, np.random.default_rng(0)), head="mlm" if mlm else None)
     _write_tokenizer(folder, config)
     return folder
 
