@@ -68,8 +68,9 @@ def run_step(job: dict, folder: Path, check: bool) -> dict:
         return {"updates": [update() for _ in range(3)]}
     result = measure(step, lambda: jax.block_until_ready((state, metrics)), job)
     result["first"] += seconds
-    stats = jax.devices()[0].memory_stats() or {}
-    return result | {"compiled": seconds, "memory": stats.get("peak_bytes_in_use") or peak_resident_bytes()}
+    device = jax.devices()[0]
+    stats, gpu = device.memory_stats() or {}, device.device_kind if device.platform == "gpu" else ""
+    return result | {"compiled": seconds, "gpu": gpu, "memory": stats.get("peak_bytes_in_use") or peak_resident_bytes()}
 
 
 def main() -> None:

@@ -115,9 +115,7 @@ def create_step(job: dict, mode: str, dropout: dict[str, float]) -> Callable[[Te
         optimizer.zero_grad(set_to_none=True)
         value = loss(input_ids, attention_mask)
         value.backward()
-        norm = value.detach()
-        if job["optimizer"]["clip_norm"]:
-            norm = nn.utils.clip_grad_norm_(parameters, job["optimizer"]["clip_norm"])
+        norm = nn.utils.clip_grad_norm_(parameters, job["optimizer"]["clip_norm"] or float("inf"))
         optimizer.step()
         schedule.step()
         return value.detach(), norm

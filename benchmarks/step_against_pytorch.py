@@ -97,9 +97,8 @@ def prepare(folder: Path, options: argparse.Namespace, device: str) -> dict:
     ids, lengths = random_batch(batch, length, run.teacher, rng)
     for name, mask in (("full", np.ones_like(ids)), ("padded", (np.arange(length) < lengths[:, None]).astype(np.int32))):
         np.savez(folder / f"{name}.npz", input_ids=np.where(mask > 0, ids, run.teacher.pad_token_id), attention_mask=mask)
-    repeats = min(options.steps, 10) if device == "cuda" else 1
     job |= {"config": config, "overrides": overrides, "student": str(folder / "student"), "device": device, "threads": options.threads}
-    job |= {"steps": options.steps, "patience": options.patience, "cpu": device == "cpu", "repeats": repeats}
+    job |= {"steps": options.steps, "patience": options.patience, "cpu": device == "cpu", "repeats": 1 if device == "cpu" else 10}
     job |= {"batch": batch, "length": length}
     (folder / "job.json").write_text(json.dumps(job))
     return job
@@ -224,14 +223,11 @@ def cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)} | ({} if lines else {"flags": ""})
 
 
-def machine(threads: int, device: str = "cpu") -> str:
+def machine(threads: int, gpu: str = "") -> str:
     cpu = cpu_info()
     name = f"{threads} cores ({cpu.get('model name', platform.processor())}, family {cpu.get('cpu family')} model {cpu.get('model')})"
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        name = f"{subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]} (driver)"
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "torch", "transformers"))
-    return f"{name}; Python {platform.python_version()}, {versions}"
+    return f"{gpu or name}; Python {platform.python_version()}, {versions}"
 
 
 def table(results: dict[str, list[dict]], tokens: int) -> list[str]:
@@ -266,7 +262,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rows", choices=("all", "short"), default="all", help="short: without other allocators and libraries for PyTorch")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of a side in a round; on a GPU waited for ten at a time")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a side in a round; on a GPU ten times as many")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--patience", type=float, default=300, help="seconds that a side may spend in a round on finding undisturbed steps")
     options = parser.parse_intermixed_args()
@@ -297,7 +293,7 @@ def main() -> None:
     dropout = "/".join(f"{rate:g}" for rate in job["dropout"].values())
     shape = f"batch {job['batch']} x {job['length']}, {job['relation_heads']} relation heads, {job['dtype']}, dropout {dropout}"
     print(f"{Path(source).name}: {job['shapes']}, the teacher run to layer {job['teacher_layer']}; {shape}.")
-    print(f"{machine(options.threads, device)}. {options.rounds} rounds of {options.steps} steps.")
+    print(f"{machine(options.threads, results[OURS][0]['gpu'])}. {options.rounds} rounds of {options.steps * job['repeats']} steps.")
     print(f"`{shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`")
     print("\nThree updates without dropout, on padded rows:\n", *agreement, "", *table(results, job["batch"] * job["length"]), sep="\n")
 

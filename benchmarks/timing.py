@@ -50,7 +50,7 @@ def measure(step: Callable[[], object], wait: Callable[[], object], job: dict, w
     """Times of `step`, which need not wait for its results: `wait` does.
 
     Args:
-      job: "steps" to time; "repeats" of a timing (an accelerator is given several steps before it is waited for, as in a run);
+      job: "steps" timings; "repeats" of one (an accelerator is given several steps before it is waited for, as in a run);
         "cpu": only undisturbed timings count, as many as asked for, or past "patience" seconds any.
       warmed_up: called once between the first steps and those that are timed.
 
@@ -66,12 +66,12 @@ def measure(step: Callable[[], object], wait: Callable[[], object], job: dict, w
         step()
     wait()
     warmed_up()
-    until, results, wanted = time.monotonic() + job["patience"], [], max(job["steps"] // job["repeats"], 1)
+    until, results, wanted = time.monotonic() + job["patience"], [], job["steps"]
     allowed = DISTURBED if job["cpu"] else 1.0
     while sum(share <= allowed for _, share, _ in results) < wanted:
         if len(results) >= wanted and time.monotonic() > until:
             break
-        if not results or results[-1][1] > allowed:
+        if job["cpu"] and (not results or results[-1][1] > allowed):
             wait_until_idle(until)
         results.append(timed(step, wait, job["repeats"]))
     best = sorted(results, key=lambda result: result[1] > allowed and result[1])[:wanted]
