@@ -30,7 +30,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-from step_against_pytorch import busy_seconds, machine
+from step_against_pytorch import machine
+from timing import busy_seconds
 
 SIDES = ("jaxdistill", "Trainer")
 

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_models import random_params, tiny_config, tiny_rows
 
 from jaxdistill.features import Feature, all_features
 from jaxdistill.models import encode, forward, init_params, mlm_logits
+from jaxdistill.models.encoder import linear
 
 CONFIG = tiny_config(num_layers=4)
 PARAMS = random_params(CONFIG)
@@ -251,3 +253,15 @@ def test_fresh_parameters():
             assert np.all(np.asarray(leaf) == (name == "scale"))
     correlations = np.corrcoef(np.stack(seen)) - np.eye(len(seen))
     assert np.abs(correlations).max() < 5 / 8  # no two arrays from one key
+
+
+def test_products_are_over_rows():
+    """One contracted dimension in every product of the gradient: of two, XLA's CPU backend makes a transposed copy first."""
+    layer = linear(6, 10, tiny_config(), jnp.dtype("float32"), nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 6))
+    kernel, bias = layer.kernel[...], layer.bias[...]
+    np.testing.assert_allclose(layer(x), x @ kernel + bias[None, None], rtol=1e-6, atol=1e-6)
+    graph, params = nnx.split(layer)
+    gradient = jax.make_jaxpr(jax.grad(lambda params, x: jnp.sum(nnx.merge(graph, params)(x) ** 2), argnums=(0, 1)))(params, x)
+    contracted = [eqn.params["dimension_numbers"][0] for eqn in gradient.eqns if eqn.primitive.name == "dot_general"]
+    assert len(contracted) == 3 and all(len(left) == 1 for left, _ in contracted)
