@@ -14,7 +14,7 @@ from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokeni
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.features import Feature, deepest_layer
 from jaxdistill.kernels import Kernels, Platform
-from jaxdistill.models import EncoderConfig, find_model, load_config, with_mlm_head
+from jaxdistill.models import EncoderConfig, find_model, load_config, not_by_cudnn, with_mlm_head
 from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
 from jaxdistill.parts import BoundTerm
@@ -135,7 +135,8 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
         place = f"{stage.students}.{name}"
         objective, where = (student.objective, f"{place}.objective") if student.objective else (config.objective, stage.objective)
         labels = find_task(config.data.task.name).outputs if config.data.task and reads_labels(objective) else ()
-        shape, warned = student_config(student, teacher.config, dropout=config.training.dropout, where=place, labels=labels)
+        rates = {"dropout": config.training.dropout, "attention_dropout": config.training.attention_dropout}
+        shape, warned = student_config(student, teacher.config, **rates, where=place, labels=labels)
         head = {"steps": config.training.steps, "teacher_has_mlm_head": teacher.has_mlm_head}
         terms = bind_objective(objective, shape, teacher.config, where, **head)
         text = student.input or ("masked" if reads_masked(objective) else "clean")
@@ -154,13 +155,31 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
         warnings += warned
     _check_inputs(config, students, stage.students)
     reads_logits = any(feature.kind == "logits" for features in teacher_reads(students).values() for feature in features)
+    kernels = Kernels(platform, **config.kernels.model_dump())
+    warnings += _check_attention(kernels, config.training.precision, teacher.config, students, stage.students)
     settings = StepSettings(
         teacher.config, config.training.precision, config.training.seed, config.data.packing,
-        _masking(config, students, tokenizer), config.training.freeze_after,
-        Kernels(platform, **config.kernels.model_dump()), config.training.rematerialise,
+        _masking(config, students, tokenizer), config.training.freeze_after, kernels, config.training.rematerialise,
     )  # fmt: skip
     models = _folder(teacher, with_head=reads_logits), teacher.config, tokenizer_source, tokenizer
     return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
+
+
+def _check_attention(kernels: Kernels, dtype: str, teacher: EncoderConfig, students: Sequence[Student], where: str) -> list[str]:
+    """A warning for each student that trains without the fused attention that its device has, for its dropout.
+
+    Raises:
+      InputError: cudnn is forced where it cannot be.
+    """
+    warnings, platform = [], kernels.platform
+    for place, encoder in [("teacher", teacher)] + [(f"{where}.{student.name}", student.config) for student in students]:
+        drops = place != "teacher" and encoder.attention_dropout > 0
+        reason = not_by_cudnn(platform, encoder, dtype, dropout=drops)
+        if reason and kernels.attention == "cudnn":
+            raise InputError(f"kernels.attention: {place}: {reason}")
+        if kernels.attention == "auto" and drops and reason and not not_by_cudnn(platform, encoder, dtype, dropout=False):
+            warnings.append(f"{place}: its attention is computed plainly, which is slower and takes more memory: {reason}")
+    return warnings
 
 
 def _model(path_or_hub_id: str, planned: Mapping[str, Model], place: str) -> Model:

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.encoder import ACTIVATIONS, layer_norm, linear
 from jaxdistill.row_keys import RowKeys
-from jaxdistill.shapes import Array, Float
+from jaxdistill.shapes import Array, Float, Num
 
 
 class Pooler(nnx.Module):
@@ -31,11 +31,16 @@ class MLMHead(nnx.Module):
             init = nnx.initializers.truncated_normal(config.initializer_range)
             self.decoder = nnx.Param(init(rngs.params(), (config.hidden_size, config.vocab_size), jnp.float32))
 
-    def __call__(self, hidden: Float[Array, "*B S D"], word_embedding: Float[Array, "V D"]) -> Float[Array, "*B S V"]:
+    def __call__(
+        self, hidden: Float[Array, "*B S D"], word_embedding: Num[Array, "V D"], scale: Float[Array, " V"] | None = None
+    ) -> Float[Array, "*B S V"]:
+        """`scale`: of the rows of word embeddings in int8."""
         activation = ACTIVATIONS[self.config.activation] if self.config.family == "bert" else ACTIVATIONS["gelu"]
         x = self.norm(activation(self.dense(hidden))).astype(self.dtype)
         kernel = self.decoder[...] if hasattr(self, "decoder") else word_embedding.T
         logits = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        if scale is not None and not hasattr(self, "decoder"):
+            logits = logits * jnp.broadcast_to(scale, logits.shape)
         return logits + jnp.broadcast_to(self.bias[...], logits.shape)
 
 
