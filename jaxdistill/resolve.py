@@ -14,7 +14,7 @@ from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokeni
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.features import Feature, deepest_layer
 from jaxdistill.kernels import Kernels, Platform
-from jaxdistill.models import EncoderConfig, find_model, load_config, not_by_cudnn, with_mlm_head
+from jaxdistill.models import EncoderConfig, attention_kernel, find_model, load_config, not_fused, with_mlm_head
 from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
 from jaxdistill.parts import BoundTerm
@@ -156,7 +156,7 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
     _check_inputs(config, students, stage.students)
     reads_logits = any(feature.kind == "logits" for features in teacher_reads(students).values() for feature in features)
     kernels = Kernels(platform, **config.kernels.model_dump())
-    warnings += _check_attention(kernels, config.training.precision, teacher.config, students, stage.students)
+    warnings += _check_attention(kernels, config, teacher.config, students, stage.students)
     settings = StepSettings(
         teacher.config, config.training.precision, config.training.seed, config.data.packing,
         _masking(config, students, tokenizer), config.training.freeze_after, kernels, config.training.rematerialise,
@@ -165,19 +165,21 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
     return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
 
 
-def _check_attention(kernels: Kernels, dtype: str, teacher: EncoderConfig, students: Sequence[Student], where: str) -> list[str]:
+def _check_attention(kernels: Kernels, config: Config, teacher: EncoderConfig, students: Sequence[Student], where: str) -> list[str]:
     """A warning for each student that trains without the fused attention that its device has, for its dropout.
 
     Raises:
-      InputError: cudnn is forced where it cannot be.
+      InputError: a fused attention is forced where it cannot be.
     """
-    warnings, platform = [], kernels.platform
+    warnings, forced = [], kernels.attention
+    job = config.training.precision, config.data.sequence_length
     for place, encoder in [("teacher", teacher)] + [(f"{where}.{student.name}", student.config) for student in students]:
         drops = place != "teacher" and encoder.attention_dropout > 0
-        reason = not_by_cudnn(platform, encoder, dtype, dropout=drops)
-        if reason and kernels.attention == "cudnn":
+        if forced in ("cudnn", "splash") and (reason := not_fused(forced, kernels, encoder, *job, dropout=drops)):
             raise InputError(f"kernels.attention: {place}: {reason}")
-        if kernels.attention == "auto" and drops and reason and not not_by_cudnn(platform, encoder, dtype, dropout=False):
+        fused = attention_kernel(kernels, encoder, *job, dropout=False)
+        if fused != attention_kernel(kernels, encoder, *job, dropout=drops):
+            reason = not_fused(fused, kernels, encoder, *job, dropout=drops)
             warnings.append(f"{place}: its attention is computed plainly, which is slower and takes more memory: {reason}")
     return warnings
 

@@ -227,7 +227,7 @@ class MeshConfig(Section):
 class KernelsConfig(Section):
     """Which implementation computes the same numbers; auto: by device and shape (`kernels/choice.py`). `plain` is the formula."""
 
-    attention: Literal["auto", "plain", "cudnn"] = "auto"  # of both encoders
+    attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"  # of both encoders
     relations: Literal["auto", "plain", "blocks", "attend", "cudnn", "pallas"] = "auto"  # relation and attention KL
     logits: Literal["auto", "plain", "blocks"] = "auto"  # output distribution and masked language modelling
 

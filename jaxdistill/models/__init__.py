@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxdistill.features import EncoderOutput, Feature, all_features, deepest_layer
 from jaxdistill.kernels import ON_CPU, Kernels
-from jaxdistill.models.attention import attention_kernel, not_by_cudnn
+from jaxdistill.models.attention import attention_kernel, not_fused
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import Classifier, MLMHead, Pooler
@@ -40,7 +40,7 @@ __all__ = [
     "load_config",
     "load_pretrained",
     "mlm_logits",
-    "not_by_cudnn",
+    "not_fused",
     "num_parameters",
     "save_pretrained",
     "weights_sha256",

@@ -1,6 +1,6 @@
-"""Attention of the encoders: the formula, which every device computes, and cuDNN's fused form of it on NVIDIA.
+"""Attention of the encoders: the formula, which every device computes, cuDNN's fused form of it on NVIDIA and splash on TPUs.
 
-Both give the same context. cuDNN keeps no [B, N, S, S] array; it cannot draw the dropout of `row_keys.py`.
+All give the same context. The fused ones keep no [B, N, S, S] array; they cannot draw the dropout of `row_keys.py`.
 """
 
 from __future__ import annotations
@@ -9,39 +9,50 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jaxdistill.kernels import Kernels, Platform
+from jaxdistill.kernels import Kernels
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Bool, Float, Int, Num
+from jaxdistill.sharding import LOGICAL_TO_MESH
 
 # query, key, value [B, S, D] -> context [B, S, D]
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-_LARGEST_HEAD = 128  # of cuDNN's on Ampere; on Hopper 256
+_FUSED = {"gpu": "cudnn", "tpu": "splash"}
+_LARGEST_CUDNN_HEAD = 128  # on Ampere; on Hopper 256
+_SPLASH_BLOCKS = (512, 256, 128)  # slots of a row that one program holds
+_SHORTEST_SPLASH = 512  # below it XLA keeps the weights of a row on the chip, and splash gains nothing
 
 
-def attention_kernel(kernels: Kernels, config: EncoderConfig, dtype, *, dropout: bool) -> str:
-    """Which implementation `forward` takes for an encoder: "plain" or "cudnn".
+def attention_kernel(kernels: Kernels, config: EncoderConfig, dtype, length: int, *, dropout: bool) -> str:
+    """Which implementation `forward` takes for an encoder: "plain", "cudnn" or "splash".
 
     Args:
       dtype: of the matrix products.
+      length: slots of a row.
       dropout: whether weights are dropped in this pass: of a student in training, at a rate over 0; never of a teacher.
     """
     if kernels.attention != "auto":
         return kernels.attention
-    return "plain" if not_by_cudnn(kernels.platform, config, dtype, dropout=dropout) else "cudnn"
+    name = _FUSED.get(kernels.platform)
+    if name is None or (name == "splash" and length < _SHORTEST_SPLASH):
+        return "plain"
+    return "plain" if not_fused(name, kernels, config, dtype, length, dropout=dropout) else name
 
 
-def not_by_cudnn(platform: Platform, config: EncoderConfig, dtype, *, dropout: bool) -> str | None:
-    """Why cuDNN cannot compute this attention, and what would let it; None: it can (on a card of Ampere or newer)."""
-    if platform != "gpu":
-        return f"cudnn runs on NVIDIA's GPUs, and the devices are of kind {platform}"
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"cudnn has no {jnp.dtype(dtype).name} attention; set training.precision to bfloat16"
-    if config.head_size % 8 or config.head_size > _LARGEST_HEAD:
-        return f"cudnn wants heads of a multiple of 8 up to {_LARGEST_HEAD}, not of {config.head_size}"
+def not_fused(name: str, kernels: Kernels, config: EncoderConfig, dtype, length: int, *, dropout: bool) -> str | None:
+    """Why cudnn or splash cannot compute this attention, and what would let it; None: it can (cudnn from Ampere on)."""
+    if _FUSED.get(kernels.platform) != name and not (name == "splash" and kernels.interpret):
+        return f"{name} is for {'NVIDIA GPUs' if name == 'cudnn' else 'TPUs'}, and the devices are of kind {kernels.platform}"
+    if jnp.dtype(dtype) != jnp.bfloat16 and not kernels.interpret:
+        return f"{name} multiplies in bfloat16, and training.precision is {jnp.dtype(dtype).name}"
+    if name == "cudnn" and (config.head_size % 8 or config.head_size > _LARGEST_CUDNN_HEAD):
+        return f"cudnn wants heads of a multiple of 8 up to {_LARGEST_CUDNN_HEAD}, not of {config.head_size}"
+    if name == "splash" and length % _SPLASH_BLOCKS[-1]:
+        return f"splash wants rows of a multiple of {_SPLASH_BLOCKS[-1]}, and data.sequence_length is {length}"
     if dropout:
-        return "cudnn cannot draw the keyed dropout of attention weights; set training.attention_dropout to 0"
+        return f"{name} cannot drop attention weights by row keys; set training.attention_dropout to 0"
     return None
 
 
@@ -57,8 +68,10 @@ def attention(
 
     cuDNN reads the padding of unpacked rows as their number of tokens: it has to be at their end (as in every store of rows).
     """
-    if attention_kernel(kernels, config, dtype, dropout=dropout is not None and config.attention_dropout > 0) == "cudnn":
-        return _cudnn(config, attention_mask, segment_ids)
+    drops = dropout is not None and config.attention_dropout > 0
+    name = attention_kernel(kernels, config, dtype, attention_mask.shape[1], dropout=drops)
+    if name != "plain":
+        return (_cudnn if name == "cudnn" else _splash)(kernels, config, attention_mask, segment_ids)
     visible = visible_keys(attention_mask, segment_ids)
     return lambda query, key, value: plain_attention(query, key, value, visible, config, dropout)
 
@@ -85,7 +98,7 @@ def plain_attention(
     return context.reshape(*context.shape[:2], -1)
 
 
-def _cudnn(config: EncoderConfig, attention_mask: jax.Array, segment_ids: jax.Array | None) -> Attention:
+def _cudnn(kernels: Kernels, config: EncoderConfig, attention_mask: jax.Array, segment_ids: jax.Array | None) -> Attention:
     odd = attention_mask.shape[1] % 2  # cuDNN has no gradient for odd lengths: a slot that nobody sees
     mask = jnp.pad(attention_mask > 0, ((0, 0), (0, odd)))
     hidden: dict[str, jax.Array] = {}
@@ -102,6 +115,45 @@ def _cudnn(config: EncoderConfig, attention_mask: jax.Array, segment_ids: jax.Ar
         return context[:, : query.shape[1]].reshape(query.shape)
 
     return attend
+
+
+def _splash(kernels: Kernels, config: EncoderConfig, attention_mask: jax.Array, segment_ids: jax.Array | None) -> Attention:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+    length = attention_mask.shape[1]
+    # Padding is a segment of its own: its slots see one another.
+    segments = jnp.where(attention_mask > 0, jnp.int32(1) if segment_ids is None else segment_ids, 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    block = next(size for size in _SPLASH_BLOCKS if length % size == 0)
+    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
+
+    def local(query, key, value, segments):
+        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((length, length))] * query.shape[2])
+        kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=kernels.interpret)
+        by_head = [x.transpose(0, 2, 1, 3) for x in (query, key, value)]
+        context = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(*by_head, segments)
+        return context.transpose(0, 2, 1, 3)
+
+    def attend(query, key, value):
+        scaled = query * jnp.asarray(config.head_size**-0.5, query.dtype)
+        split = [_heads(x, config) for x in (scaled, key, value)]
+        return _on_each_device(local, split, segments).reshape(query.shape)
+
+    return attend
+
+
+def _on_each_device(local: Callable, split: list[jax.Array], segments: jax.Array) -> jax.Array:
+    """The compiler cannot split a Pallas kernel: under a mesh each device calls it with its own rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(*split, segments)
+    batch, heads = LOGICAL_TO_MESH["batch"], LOGICAL_TO_MESH["heads"]
+    batch = None if segments.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else batch
+    heads = None if split[0].shape[2] % mesh.shape[heads] else heads
+    vectors = PartitionSpec(batch, None, heads)
+    specs = (vectors, vectors, vectors, PartitionSpec(batch))
+    return jax.shard_map(local, in_specs=specs, out_specs=vectors, check_vma=False)(*split, segments)
 
 
 def _heads(x: jax.Array, config: EncoderConfig) -> jax.Array:
