@@ -96,6 +96,9 @@ def resolve_stages(config: Config, *, num_devices: int | None = None, platform: 
       InputError: one line that names the field and what would be right.
     """
     config = in_steps(_absolute_output(config))
+    old_gpu = platform is None and config.kernels.attention == "auto" and not fuses_attention(jax.devices()[0])
+    if old_gpu:
+        config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": "plain"})})
     runs: list[Run] = []
     planned: dict[str, Model] = {}
     for stage in stages_of(config):
@@ -106,6 +109,7 @@ def resolve_stages(config: Config, *, num_devices: int | None = None, platform: 
             planned[str(folder)] = Model(folder, student.config, student.has_mlm_head, run.tokenizer_source)
     trained = {student.name for run in runs for student in run.students}
     idle = tuple(f"students.{name}: no stage trains it" for name in config.students if name not in trained)
+    idle += ("kernels.attention: plain, for cuDNN's needs an NVIDIA GPU of Ampere or newer (compute capability 8.0)",) if old_gpu else ()
     runs[0] = replace(runs[0], warnings=runs[0].warnings + idle)
     if len(runs) > 1:
         runs[-1] = replace(runs[-1], saved=_settled(config, platform or jax.default_backend()))
@@ -163,6 +167,14 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
     )  # fmt: skip
     models = _folder(teacher, with_head=reads_logits), teacher.config, tokenizer_source, tokenizer
     return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
+
+
+def fuses_attention(device) -> bool:
+    """False for a GPU that cuDNN's fused attention does not run on: older than Ampere, or not NVIDIA's, whose kind is no number."""
+    try:
+        return device.platform != "gpu" or float(device.compute_capability) >= 8.0
+    except (AttributeError, ValueError):
+        return False
 
 
 def _check_attention(kernels: Kernels, config: Config, teacher: EncoderConfig, students: Sequence[Student], where: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxdistill.config import load_config
 from jaxdistill.errors import InputError
 from jaxdistill.models import load_config as load_shape
 from jaxdistill.models import load_pretrained
-from jaxdistill.resolve import resolve
+from jaxdistill.resolve import fuses_attention, resolve
 from jaxdistill.sharding import create_mesh
 from jaxdistill.state import initial_state, place_teacher
 
@@ -113,3 +114,17 @@ def test_a_forced_kernel_and_a_students_dropout(ground, tmp_path, monkeypatch):
         resolved(ground, tmp_path, kernels__attention="cudnn")
     run = resolved(ground, tmp_path, kernels__attention="cudnn", training__attention_dropout=0.0)
     assert run.settings.kernels.attention == "cudnn" and run.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("capability", "fused"), [("7.5", False), ("8.0", True), ("9.0", True), ("12.0", True), ("gfx90a", False), (None, False)]
+)
+def test_gpus_that_are_too_old_for_fused_attention(ground, tmp_path, monkeypatch, capability, fused):
+    device = SimpleNamespace(platform="gpu", **({"compute_capability": capability} if capability else {}))
+    assert fuses_attention(device) == fused and fuses_attention(jax.devices()[0])
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    run = resolve(load_config(ground.config(tmp_path / "run", training__attention_dropout=0.0)), num_devices=1)
+    assert run.settings.kernels.attention == ("auto" if fused else "plain")
+    assert [warning for warning in run.warnings if warning.startswith("kernels.attention: plain")] == list(run.warnings)
+    assert len(run.warnings) == (not fused)
