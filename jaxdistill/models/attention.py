@@ -71,7 +71,11 @@ def attention(
     drops = dropout is not None and config.attention_dropout > 0
     name = attention_kernel(kernels, config, dtype, attention_mask.shape[1], dropout=drops)
     if name != "plain":
-        return (_cudnn if name == "cudnn" else _splash)(kernels, config, attention_mask, segment_ids)
+        fused = (_cudnn if name == "cudnn" else _splash)(kernels, config, attention_mask, segment_ids)
+        if dropout is None:
+            return fused
+        # The site of the weights is passed over, so that what is dropped elsewhere does not depend on the kernel.
+        return lambda query, key, value: fused(dropout.dropout(query, 0.0), key, value)
     visible = visible_keys(attention_mask, segment_ids)
     return lambda query, key, value: plain_attention(query, key, value, visible, config, dropout)
 

@@ -112,14 +112,23 @@ def formula(query, key, value, bias=None, mask=None, *, scale, key_value_seq_len
 @pytest.mark.parametrize("length", [18, 9])
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_cudnn_is_given_hides_the_right_keys(monkeypatch, length, packed):
-    """The formula in its place, on the arguments that it would get: whole rows, padded, packed, odd, and all padding."""
+    """The formula in its place, on the arguments that it would get: whole rows, padded, packed, odd, and all padding.
+
+    With dropout of hidden states, which does not depend on the kernel.
+    """
     monkeypatch.setattr(jax.nn, "dot_product_attention", formula)
-    params = random_params(CONFIG)
-    ids, mask = tiny_rows(CONFIG, ((0, length), (0, 5), (0, 1), (0, 0)), length)
+    config = dataclasses.replace(CONFIG, attention_dropout=0.0)
+    params = random_params(config)
+    ids, mask = tiny_rows(config, ((0, length), (0, 5), (0, 1), (0, 0)), length)
     segments = jnp.where(jnp.arange(length)[None] < 3, mask, 2 * mask) if packed else None
     features = all_features(range(3))
-    run = partial(forward, CONFIG, params, jnp.asarray(ids), jnp.asarray(mask), None, segments, features=features)
-    plain, given = run(), run(kernels=Kernels("gpu", attention="cudnn"))
+
+    def run(kernels):
+        dropout = RowKeys.create(jax.random.key(0), jnp.arange(4, dtype=jnp.uint32))
+        batch = jnp.asarray(ids), jnp.asarray(mask), None, segments
+        return forward(config, params, *batch, features=features, kernels=kernels, dropout=dropout)
+
+    plain, given = run(Kernels("cpu")), run(Kernels("gpu", attention="cudnn"))
     for feature in features:
         real = mask[..., None].astype(np.float32)
         np.testing.assert_allclose(given[feature] * real, plain[feature] * real, rtol=1e-5, atol=1e-5)

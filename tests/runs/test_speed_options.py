@@ -14,6 +14,7 @@ import pytest
 import jaxdistill
 from jaxdistill.config import load_config
 from jaxdistill.errors import InputError
+from jaxdistill.inspect import attention_line
 from jaxdistill.models import load_config as load_shape
 from jaxdistill.models import load_pretrained
 from jaxdistill.resolve import fuses_attention, resolve
@@ -114,6 +115,14 @@ def test_a_forced_kernel_and_a_students_dropout(ground, tmp_path, monkeypatch):
         resolved(ground, tmp_path, kernels__attention="cudnn")
     run = resolved(ground, tmp_path, kernels__attention="cudnn", training__attention_dropout=0.0)
     assert run.settings.kernels.attention == "cudnn" and run.warnings == ()
+
+
+def test_inspect_says_which_attention_is_taken(ground, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxdistill.resolve.load_config", lambda folder: dataclasses.replace(load_shape(folder), num_heads=6))
+    assert attention_line(resolved(ground, tmp_path)).plain == "attention: teacher cudnn, small plain"
+    run = resolved(ground, tmp_path, training__attention_dropout=0.0)
+    assert attention_line(run).plain == "attention: teacher cudnn, small cudnn"
+    assert attention_line(resolved(ground, tmp_path, platform="cpu")).plain == "attention: teacher plain, small plain"
 
 
 @pytest.mark.parametrize(
