@@ -30,10 +30,13 @@ class VocabularyLogits:
     vectors: Any  # [*, D] in the dtype of the products: the hidden states after the head's transform and norm
     table: Any  # [V, D]: the word embeddings, or a decoder of the head's own
     bias: Any  # [V], float32
+    scale: Any = None  # [V], float32: of the rows of a table in int8
 
     def dense(self) -> Float[Array, "*B V"]:
         """All of them, in float32."""
         logits = jnp.matmul(self.vectors, self.table.T.astype(self.vectors.dtype), preferred_element_type=jnp.float32)
+        if self.scale is not None:
+            logits = logits * jnp.broadcast_to(self.scale, logits.shape)
         return logits + jnp.broadcast_to(self.bias, logits.shape)
 
 

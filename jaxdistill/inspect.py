@@ -13,7 +13,7 @@ from rich.text import Text
 
 from jaxdistill.features import deepest_layer
 from jaxdistill.flops import forward_flops_per_token, step_flops_per_token
-from jaxdistill.models import EncoderConfig, init_params
+from jaxdistill.models import EncoderConfig, attention_kernel, init_params
 from jaxdistill.objective import initial_projections
 from jaxdistill.report import summary_table
 from jaxdistill.resolve import Run
@@ -26,7 +26,7 @@ def inspection(run: Run) -> Group:
     """Everything that `jaxdistill inspect` prints after the resolved config."""
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in run.warnings]
     title = [Text(f"\nStage {run.stage}", style="bold")] if run.stage else []
-    return Group(*title, *warnings, parameter_table(run), layer_table(run), sharding_table(run), cost_table(run))
+    return Group(*title, *warnings, parameter_table(run), layer_table(run), sharding_table(run), cost_table(run), attention_line(run))
 
 
 def _paths(tree) -> dict[str, tuple[int, ...]]:
@@ -84,6 +84,14 @@ def layer_table(run: Run) -> Table:
     columns = ("student", "starts from", "text", "term", "layers (student<-teacher)", "weight")
     depths = ", ".join(f"on {name} text to layer {deepest_layer(features)}" for name, features in run.teacher_passes.items())
     return summary_table(rows, columns, f"Layer map; the teacher runs {depths}")
+
+
+def attention_line(run: Run) -> Text:
+    """Which attention each encoder takes in training, on the devices that the run was resolved for."""
+    settings, length = run.settings, run.config.data.sequence_length
+    encoders = [("teacher", run.teacher, False)] + [(s.name, s.config, s.config.attention_dropout > 0) for s in run.students]
+    names = [(name, attention_kernel(settings.kernels, config, settings.dtype, length, dropout=drops)) for name, config, drops in encoders]
+    return Text("attention: " + ", ".join(f"{name} {kernel}" for name, kernel in names))
 
 
 def sharding_table(run: Run) -> Table:

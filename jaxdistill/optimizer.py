@@ -42,11 +42,22 @@ def decay_mask(trained: dict, features: Iterable[Feature] | None = None) -> dict
     return jax.tree_util.tree_map_with_path(decayed, trained)
 
 
+def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, which takes the norm as `gradient_norm` where the caller has it: a pass over all gradients less."""
+
+    def update(gradients, state, params=None, *, gradient_norm=None, **_):
+        norm = optax.tree.norm(gradients) if gradient_norm is None else gradient_norm
+        return jax.tree.map(lambda x: jnp.where(norm < largest, x, (x / norm.astype(x.dtype)) * largest), gradients), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def create_optimizer(
     config: OptimizerConfig, steps: int, features: Iterable[Feature] | None = None
-) -> optax.GradientTransformation:
-    """AdamW for {"params": ..., "projections": ...}; `features`: see `decay_mask`."""
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW for {"params": ..., "projections": ...}; `features`: see `decay_mask`. Its update takes `gradient_norm` if it is known."""
+    clip = clip_by_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     decay = optax.add_decayed_weights(config.weight_decay, mask=partial(decay_mask, features=features))
-    return optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate(config, steps)))
+    chain = optax.chain(clip, adam, decay, optax.scale_by_learning_rate(learning_rate(config, steps)))
+    return optax.with_extra_args_support(chain)

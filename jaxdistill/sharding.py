@@ -16,12 +16,13 @@ AXES = ("data", "fsdp", "tensor")
 # End of a parameter's path -> logical axes. Adam's moments end in the same paths, so they lie where their parameter lies.
 PATH_TO_LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embeddings/word/embedding", ("vocab", "embed")),
+    (r"embeddings/word/embedding_scale", ("vocab",)),
     (r"embeddings/(position|token_type)/embedding", (None, "embed")),
     (r"(query|key|value)/kernel", ("embed", "heads")),
-    (r"(query|key|value)/bias", ("heads",)),
+    (r"(query|key|value)/(bias|kernel_scale)", ("heads",)),
     (r"attention_output/kernel", ("heads", "embed")),
     (r"intermediate/kernel", ("embed", "mlp")),
-    (r"intermediate/bias", ("mlp",)),
+    (r"intermediate/(bias|kernel_scale)", ("mlp",)),
     (r"output/kernel", ("mlp", "embed")),
     (r"dense/kernel", ("embed", None)),
     (r"mlm/decoder", ("embed", "vocab")),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.features import deepest_layer
-from jaxdistill.models import layer_name
+from jaxdistill.models import in_int8, layer_name
 from jaxdistill.objective import initial_projections
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import tree_shardings
@@ -59,13 +59,16 @@ def abstract_state(run: Run, teacher_params: dict, mesh: jax.sharding.Mesh, chec
 
 
 def read_of_teacher(run: Run, params: dict) -> dict:
-    """The part of the teacher that the students read; its matrices in the dtype of the products. Pure."""
+    """The part of the teacher that the students read; its matrices in the dtype of the products or in int8. Pure."""
     layers = {layer_name(i): params["layers"][layer_name(i)] for i in range(1, deepest_layer(run.teacher_features) + 1)}
     needed = {"embeddings": params["embeddings"], "layers": layers}
     kinds = {feature.kind for feature in run.teacher_features}
     heads = {"logits": ("mlm",), "label_logits": ("pooler", "classifier")}  # BERT's classifier reads the pooler, others have none
     needed |= {head: params[head] for kind, names in heads.items() if kind in kinds for head in names if head in params}
-    return jax.tree.map(lambda x: x.astype(jnp.dtype(run.settings.dtype)) if x.ndim > 1 else x, needed)
+    if run.config.training.teacher_weights == "int8":
+        needed = in_int8(needed)
+    dtype = jnp.dtype(run.settings.dtype)
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 and x.dtype != jnp.int8 else x, needed)
 
 
 def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:

@@ -41,7 +41,13 @@ DISTILBERT = (1, 3, 5, 8, 10, 12)
 
 
 def student_config(
-    student: StudentConfig, teacher: EncoderConfig, *, dropout: float | None, where: str, labels: tuple[str, ...] = ()
+    student: StudentConfig,
+    teacher: EncoderConfig,
+    *,
+    dropout: float | None,
+    attention_dropout: float | None = None,
+    where: str,
+    labels: tuple[str, ...] = (),
 ) -> tuple[EncoderConfig, list[str]]:
     """The encoder of a student, and warnings about it.
 
@@ -49,6 +55,7 @@ def student_config(
     heads and hidden size of the teacher; its feed-forward size at equal width, else 4 x hidden.
 
     Args:
+      dropout, attention_dropout: rates; None: of attention as `dropout`, else the teacher's.
       labels: of the task that it learns, by name; it then has a classification head.
 
     Raises:
@@ -74,7 +81,9 @@ def student_config(
     if sizes["num_layers"] > teacher.num_layers:
         warnings.append(f"{where}.num_layers: {sizes['num_layers']} is deeper than the teacher's {teacher.num_layers}")
     shape = {"num_layers": sizes["num_layers"], "num_heads": heads, "hidden_size": hidden, "intermediate_size": inner}
-    rates = {} if dropout is None else {"hidden_dropout": dropout, "attention_dropout": dropout}
+    of_attention = dropout if attention_dropout is None else attention_dropout
+    said = {"hidden_dropout": dropout, "attention_dropout": of_attention}
+    rates = {name: rate for name, rate in said.items() if rate is not None}
     return dataclasses.replace(teacher, labels=labels, **shape, **rates), warnings
 
 

@@ -319,9 +319,9 @@ def _update(settings: StepSettings, students: Sequence[Student], state: TrainSta
         finite = jnp.isfinite(norm)
         frozen = old.failures >= settings.freeze_after
 
-        def step(old: StudentState, own=own, optimizer=student.optimizer) -> tuple[dict, optax.OptState]:
+        def step(old: StudentState, own=own, norm=norm, optimizer=student.optimizer) -> tuple[dict, optax.OptState]:
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of int32 counters
-                updates, new = optimizer.update(own, old.optimizer, old.trained)
+                updates, new = optimizer.update(own, old.optimizer, old.trained, gradient_norm=norm)
             return optax.apply_updates(old.trained, updates), new
 
         # A branch, not a selection between results: what is kept is not copied.

@@ -9,7 +9,7 @@ from tiny_models import random_params, tiny_config
 
 from jaxdistill.config import OptimizerConfig
 from jaxdistill.features import Feature
-from jaxdistill.optimizer import create_optimizer, decay_mask, learning_rate
+from jaxdistill.optimizer import clip_by_norm, create_optimizer, decay_mask, learning_rate
 
 
 def rates(steps: int, **fields) -> list[float]:
@@ -118,3 +118,23 @@ def test_what_no_loss_reads_does_not_decay():
     assert decayed(Feature("value", 3), Feature("hidden", 1)) == {"01": everything, "02": everything, "03": ["value"]}
     assert decayed(Feature("value", 3), Feature("hidden", 3)) == {"01": everything, "02": everything, "03": everything}
     assert decayed(Feature("logits", 3))["03"] == everything
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5, 1e6])
+def test_a_norm_that_is_known_is_not_computed_again(clip_norm):
+    """The same update bit for bit, with one sum of squares less for each array."""
+    optimizer, params, gradients = create_optimizer(OptimizerConfig(clip_norm=clip_norm), 10), weights(0), weights(1)
+    state = optimizer.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        norm = optax.tree.norm(gradients)
+        alone = optimizer.update(gradients, state, params)
+        told = optimizer.update(gradients, state, params, gradient_norm=norm)
+        program = str(jax.make_jaxpr(optimizer.update)(gradients, state, params, gradient_norm=norm))
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(told), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert "reduce_sum" not in program
+    if clip_norm:
+        theirs, _ = optax.clip_by_global_norm(clip_norm).update(gradients, optax.EmptyState())
+        ours, _ = clip_by_norm(clip_norm).update(gradients, optax.EmptyState(), gradient_norm=norm)
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_array_equal(one, other)

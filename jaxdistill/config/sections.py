@@ -181,7 +181,8 @@ class TrainingConfig(Section):
     attention_dropout: Fraction | None = None  # of their attention weights; default: `dropout`, else the teacher's config
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: float32 on CPU, else bfloat16
     teacher_weights: Literal["auto", "int8"] = "auto"  # auto: as the products; int8: matrices with a scale per column
-    rematerialise: Literal["none", "attention", "products", "blocks"] = "none"  # what the students' gradients compute again
+    # What the students' gradients compute again instead of keeping it: attention weights; elementwise: all but products with weights
+    rematerialise: Literal["none", "attention", "elementwise", "blocks"] = "none"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     freeze_after: Positive = 20  # updates in a row that are not finite; then the student is frozen, the others go on
     log_every: Positive = 20
@@ -226,7 +227,7 @@ class MeshConfig(Section):
 class KernelsConfig(Section):
     """Which implementation computes the same numbers; auto: by device and shape (`kernels/choice.py`). `plain` is the formula."""
 
-    attention: Literal["auto", "plain", "cudnn"] = "auto"  # of both encoders
+    attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"  # of both encoders
     relations: Literal["auto", "plain", "blocks", "attend", "cudnn", "pallas"] = "auto"  # relation and attention KL
     logits: Literal["auto", "plain", "blocks"] = "auto"  # output distribution and masked language modelling
 

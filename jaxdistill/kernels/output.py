@@ -17,6 +17,7 @@ The cross entropy of labels is the same KL, to a teacher that is sure: logit 0 f
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ _divergence.defvjp(_forward, _backward)
 def _everywhere(student: VocabularyLogits, teacher, counted, temperature, platform: Platform, *, gradient: bool):
     """The sum over all devices of a mesh; with its gradient [B, S, D], [V, D], [V] where asked for, of float32."""
     # In the dtype of the products before a table that lies in parts is gathered.
-    student = VocabularyLogits(student.vectors, student.table.astype(student.vectors.dtype), student.bias)
+    student = replace(student, table=student.table.astype(student.vectors.dtype))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _on_one_device(student, teacher, counted, temperature, platform=platform, gradient=gradient)
@@ -125,11 +126,13 @@ def _everywhere(student: VocabularyLogits, teacher, counted, temperature, platfo
         vocab, places = None, vocab if counted.shape[1] % mesh.shape[vocab] == 0 else None
     rows, columns = PartitionSpec(batch or None, places), PartitionSpec(vocab)
     side = VocabularyLogits(rows, columns, columns)
+    scaled = replace(side, scale=columns)
+    theirs = rows if not isinstance(teacher, VocabularyLogits) else side if teacher.scale is None else scaled
     tokens = tuple(batch) + ((places,) if places else ())
     local = partial(_on_one_device, platform=platform, gradient=gradient, tokens_axes=tokens, vocab_axis=vocab)
     return jax.shard_map(
         local,
-        in_specs=(side, side if isinstance(teacher, VocabularyLogits) else rows, rows, PartitionSpec()),
+        in_specs=(side, theirs, rows, PartitionSpec()),
         out_specs=(PartitionSpec(), side) if gradient else PartitionSpec(),
         check_vma=False,
     )(student, teacher, counted, temperature)
@@ -200,7 +203,7 @@ class _Seen(NamedTuple):
 
 
 def _with_vectors(side, rows):
-    return VocabularyLogits(rows(side.vectors), side.table, side.bias) if isinstance(side, VocabularyLogits) else rows(side)
+    return replace(side, vectors=rows(side.vectors)) if isinstance(side, VocabularyLogits) else rows(side)
 
 
 def _nothing_seen(num_tokens: int) -> _Seen:
@@ -252,8 +255,10 @@ def _columns(sides: _Sides, block):
     def of(side):
         if not isinstance(side, VocabularyLogits):
             return jnp.where(fresh, sides.first_column + numbers, -1)
-        bias = jax.lax.dynamic_slice_in_dim(side.bias, start, size).astype(jnp.float32)
-        return jax.lax.dynamic_slice_in_dim(side.table, start, size), jnp.where(fresh, bias, _NOWHERE)
+        table, bias, scale = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), (side.table, side.bias.astype(jnp.float32), side.scale)
+        )
+        return table, jnp.where(fresh, bias, _NOWHERE), scale
 
     return start, of(sides.student), of(sides.teacher)
 
@@ -269,8 +274,11 @@ def _put(x, new, start):
 def _logits(side, columns, sides: _Sides, block) -> Float[Array, "N C"]:
     if not isinstance(side, VocabularyLogits):
         return jnp.where(_rows(side, block, sides.cut.tokens)[:, None] == columns[None], 0.0, _NOWHERE)
-    table, bias = columns
-    logits = jnp.einsum("td,vd->tv", _rows(side.vectors, block, sides.cut.tokens), table, preferred_element_type=jnp.float32)
+    table, bias, scale = columns
+    rows = _rows(side.vectors, block, sides.cut.tokens)
+    logits = jnp.einsum("td,vd->tv", rows, table.astype(rows.dtype), preferred_element_type=jnp.float32)
+    if scale is not None:
+        logits = logits * scale[None]
     return (logits + bias[None]) / sides.temperature
 
 

@@ -16,19 +16,23 @@ from flax import nnx
 
 from jaxdistill.features import EncoderOutput, Feature, VocabularyLogits, all_features, deepest_layer
 from jaxdistill.kernels import ON_CPU, Kernels
+from jaxdistill.models.attention import attention_kernel, not_fused
 from jaxdistill.models.config import EncoderConfig, label_order
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import Classifier, MLMHead, Pooler
 from jaxdistill.models.hub import find_model, weights_sha256
 from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained, with_mlm_head
+from jaxdistill.models.int8 import in_int8, is_int8
 from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Float, Int, Key, Num
 
 __all__ = [
     "EncoderConfig",
+    "attention_kernel",
     "encode",
     "find_model",
     "forward",
+    "in_int8",
     "init_params",
     "is_read",
     "label_logits",
@@ -37,6 +41,7 @@ __all__ = [
     "load_config",
     "load_pretrained",
     "mlm_logits",
+    "not_fused",
     "num_parameters",
     "save_pretrained",
     "weights_sha256",
@@ -101,7 +106,8 @@ def forward(
       segment_ids: numbers of the texts packed in a row, 0 = padding; None: a row is one text.
       dtype: of the matrix products; softmax and norms are float32.
       kernels: of the attention.
-      rematerialise: what a gradient computes again instead of keeping it: none, attention, products, blocks.
+      rematerialise: what a gradient computes again instead of keeping it: none; attention (its weights); elementwise (all but
+        the products with weights: attention, norms, activations, dropout); blocks (all but each block's input).
 
     Raises:
       ValueError: a layer that the model does not have, logits without their head or below the last layer, or a sequence
@@ -129,8 +135,11 @@ def forward(
     # No deeper than it is read: the blocks above need not even be there.
     config = dataclasses.replace(config, num_layers=deepest_layer(features))
     layers = {name: params["layers"][name] for name in map(layer_name, range(1, config.num_layers + 1))}
-    encoder = _module(Encoder, config, dtype, {"embeddings": params["embeddings"], "layers": layers})
-    return encoder(input_ids, attention_mask, token_type_ids, segment_ids, features=features, dropout=dropout)
+    encoder = _module(Encoder, config, dtype, {"embeddings": params["embeddings"], "layers": layers}, int8=is_int8(params))
+    return encoder(
+        input_ids, attention_mask, token_type_ids, segment_ids,
+        features=features, dropout=dropout, kernels=kernels, rematerialise=rematerialise,
+    )  # fmt: skip
 
 
 def is_read(path: tuple[str, ...], features: Iterable[Feature]) -> bool:
@@ -175,7 +184,8 @@ def _mlm_head(config: EncoderConfig, params: Params, hidden: jax.Array, dtype) -
     if "mlm" not in params:
         raise ValueError("the model has no MLM head: load one from an MLM checkpoint (BertForMaskedLM, RobertaForMaskedLM)")
     head = _module(MLMHead, config, dtype, params["mlm"], tied="decoder" not in params["mlm"])
-    return head(hidden, jnp.asarray(params["embeddings"]["word"]["embedding"]))
+    word = {name: jnp.asarray(value) for name, value in params["embeddings"]["word"].items()}
+    return head(hidden, word["embedding"], word.get("embedding_scale"))
 
 
 def label_logits(

@@ -6,16 +6,20 @@ feature asked for; in that last block a query, key or value needs its projection
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxdistill.features import EncoderOutput, Feature, deepest_layer
+from jaxdistill.kernels import Kernels
+from jaxdistill.models.attention import Attention, attention
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.row_keys import RowKeys
-from jaxdistill.shapes import Array, Bool, Float, Int, Num
+from jaxdistill.shapes import Array, Float, Int, Num
+
+_PROJECTIONS = ("query", "key", "value")
 
 
 def layer_name(layer: int) -> str:
@@ -44,9 +48,24 @@ def rows_product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], dimension
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def linear(num_in: int, num_out: int, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(num_in: int, num_out: int, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, int8: bool = False) -> nnx.Linear:
     init = nnx.initializers.truncated_normal(config.initializer_range)
-    return nnx.Linear(num_in, num_out, kernel_init=init, dtype=dtype, dot_general=rows_product, rngs=rngs)
+    kind = Int8Linear if int8 else nnx.Linear
+    return kind(num_in, num_out, kernel_init=init, dtype=dtype, dot_general=rows_product, rngs=rngs)
+
+
+class Int8Linear(nnx.Linear):
+    """A kernel of whole numbers, which every dtype of products holds exactly, and a float32 scale for each output (`int8.py`)."""
+
+    def __init__(self, num_in: int, num_out: int, **options):
+        super().__init__(num_in, num_out, **options)
+        self.kernel_scale = nnx.Param(jnp.ones((num_out,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        product = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        y = product * self.kernel_scale[...].reshape(shape) + self.bias[...].astype(jnp.float32).reshape(shape)
+        return y.astype(self.dtype)
 
 
 def layer_norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -59,21 +78,25 @@ def embed(num: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
     return nnx.Embed(num, config.hidden_size, embedding_init=init, rngs=rngs)
 
 
-def look_up(table: nnx.Embed, ids: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+def look_up(table: nnx.Embed, ids: Int[Array, "B S"], scale: Float[Array, " V"] | None = None) -> Float[Array, "B S D"]:
     """Rows of the table in float32, whatever the products are in: the gradient of a frequent token is a sum of thousands."""
-    return jnp.take(table.embedding[...], ids, axis=0).astype(jnp.float32)
+    rows = jnp.take(table.embedding[...], ids, axis=0).astype(jnp.float32)
+    return rows if scale is None else rows * jnp.take(scale, ids, axis=0)[..., None]
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, int8: bool = False):
         self.config, self.dtype = config, dtype
         self.word = embed(config.vocab_size, config, rngs)
+        if int8:
+            self.word.embedding_scale = nnx.Param(jnp.ones((config.vocab_size,), jnp.float32))
         self.position = embed(config.max_position_embeddings, config, rngs)
         self.token_type = embed(config.type_vocab_size, config, rngs)
         self.norm = layer_norm(config, rngs)
 
     def __call__(self, input_ids, token_type_ids, segment_ids, dropout: RowKeys | None):
-        x = look_up(self.word, input_ids) + look_up(self.position, position_ids(self.config, input_ids, segment_ids))
+        scale = self.word.embedding_scale[...] if hasattr(self.word, "embedding_scale") else None
+        x = look_up(self.word, input_ids, scale) + self._positions(input_ids, segment_ids)
         if token_type_ids is None:
             x = x + self.token_type.embedding[None, :1].astype(jnp.float32)
         else:
@@ -81,26 +104,35 @@ class Embeddings(nnx.Module):
         x = self.norm(x).astype(self.dtype)
         return dropout.dropout(x, self.config.hidden_dropout) if dropout else x
 
+    def _positions(self, input_ids, segment_ids) -> Float[Array, "_ S D"]:
+        if segment_ids is None and not self.config.positions_from_padding:  # the same in every row: no gather, no scatter of gradients
+            return self.position.embedding[: input_ids.shape[1]][None].astype(jnp.float32)
+        return look_up(self.position, position_ids(self.config, input_ids, segment_ids))
+
 
 class Block(nnx.Module):
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, int8: bool = False):
         self.config, self.dtype = config, dtype
         width, inner = config.hidden_size, config.intermediate_size
-        self.query = linear(width, width, config, dtype, rngs)
-        self.key = linear(width, width, config, dtype, rngs)
-        self.value = linear(width, width, config, dtype, rngs)
-        self.attention_output = linear(width, width, config, dtype, rngs)
+        self.query = linear(width, width, config, dtype, rngs, int8=int8)
+        self.key = linear(width, width, config, dtype, rngs, int8=int8)
+        self.value = linear(width, width, config, dtype, rngs, int8=int8)
+        self.attention_output = linear(width, width, config, dtype, rngs, int8=int8)
         self.attention_norm = layer_norm(config, rngs)
-        self.intermediate = linear(width, inner, config, dtype, rngs)
-        self.output = linear(inner, width, config, dtype, rngs)
+        self.intermediate = linear(width, inner, config, dtype, rngs, int8=int8)
+        self.output = linear(inner, width, config, dtype, rngs, int8=int8)
         self.output_norm = layer_norm(config, rngs)
 
-    def __call__(self, x, query, key, value, visible, dropout: RowKeys | None):
-        config = self.config
-        context = self.attention_output(attention(query, key, value, visible, config, dropout))
+    def projections(self, x, kinds: Iterable[str]) -> dict[str, jax.Array]:
+        return {kind: getattr(self, kind)(x) for kind in kinds}
+
+    def __call__(self, x, attend: Attention, dropout: RowKeys | None):
+        """The next hidden state, and the block's query, key and value."""
+        vectors = self.projections(x, _PROJECTIONS)
+        context = self.attention_output(attend(*(vectors[kind] for kind in _PROJECTIONS)))
         x = self._add_and_norm(x, context, self.attention_norm, dropout)
-        inner = ACTIVATIONS[config.activation](self.intermediate(x))
-        return self._add_and_norm(x, self.output(inner), self.output_norm, dropout)
+        inner = ACTIVATIONS[self.config.activation](self.intermediate(x))
+        return self._add_and_norm(x, self.output(inner), self.output_norm, dropout), vectors
 
     def _add_and_norm(self, x, update, norm, dropout: RowKeys | None):
         if dropout:
@@ -109,12 +141,13 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Parameters in float32; matrix products in `dtype`; softmax and norms in float32."""
+    """Parameters in float32, or with `int8` matrices of whole numbers; products in `dtype`; softmax and norms in float32."""
 
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.config = config
-        self.embeddings = Embeddings(config, dtype, rngs)
-        self.layers = nnx.Dict({layer_name(i): Block(config, dtype, rngs) for i in range(1, config.num_layers + 1)})
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, int8: bool = False):
+        self.config, self.dtype = config, dtype
+        self.embeddings = Embeddings(config, dtype, rngs, int8=int8)
+        layers = range(1, config.num_layers + 1)
+        self.layers = nnx.Dict({layer_name(i): Block(config, dtype, rngs, int8=int8) for i in layers})
 
     def __call__(
         self,
@@ -125,59 +158,38 @@ class Encoder(nnx.Module):
         *,
         features: frozenset[Feature],
         dropout: RowKeys | None,
+        kernels: Kernels,
+        rematerialise: str,
     ) -> EncoderOutput:
         output = EncoderOutput({}, {}, {}, {})
         x = self.embeddings(input_ids, token_type_ids, segment_ids, dropout)
         if Feature("hidden", 0) in features:
             output.hidden[0] = x
-        visible = visible_keys(attention_mask, segment_ids)
+        attend = attention(kernels, self.config, self.dtype, attention_mask, segment_ids, dropout)
         deepest = deepest_layer(features)
         for i in range(1, deepest + 1):
             block = self.layers[layer_name(i)]
-            last = i == deepest and Feature("hidden", i) not in features
-            vectors = {}
-            for kind in ("query", "key", "value"):
-                if not last or Feature(kind, i) in features:
-                    vectors[kind] = getattr(block, kind)(x)
-                if Feature(kind, i) in features:
-                    getattr(output, kind)[i] = vectors[kind]
-            if not last:
-                x = block(x, vectors["query"], vectors["key"], vectors["value"], visible, dropout)
+            read = [kind for kind in _PROJECTIONS if Feature(kind, i) in features]
+            if i == deepest and Feature("hidden", i) not in features:
+                vectors = block.projections(x, read)
+            else:
+                x, vectors = _rematerialised(block, rematerialise)(x, attend, dropout)
+            for kind in read:
+                getattr(output, kind)[i] = vectors[kind]
             if Feature("hidden", i) in features:
                 output.hidden[i] = x
         return output
 
 
-def attention(
-    query: Float[Array, "B S D"],
-    key: Float[Array, "B S D"],
-    value: Float[Array, "B S D"],
-    visible: Bool[Array, "B 1 S Q"],
-    config: EncoderConfig,
-    dropout: RowKeys | None,
-) -> Float[Array, "B S D"]:
-    """Scaled dot-product attention; a key that is not visible gets no probability, a query without any stays finite.
-
-    Weights are [B, N, key, query]: on a CPU, XLA makes of this order a product six times faster than of the usual one.
-    """
-    batch, length, width = query.shape
-    split = (batch, length, config.num_heads, config.head_size)
-    query, key, value = (x.reshape(split) for x in (query, key, value))
-    scores = jnp.einsum("bknh,bqnh->bnkq", key, query, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(config.head_size**-0.5)
-    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-2)
-    if dropout:
-        weights = dropout.dropout(weights, config.attention_dropout)
-    context = jnp.einsum("bnkq,bknh->bqnh", weights.astype(value.dtype), value)
-    return context.reshape(batch, length, width)
-
-
-def visible_keys(attention_mask, segment_ids) -> Bool[Array, "B 1 S Q"]:
-    """Which keys a query sees: real tokens, and with packed rows those of its own segment (Q is S then, else 1)."""
-    real = (attention_mask > 0)[:, None, :, None]
-    if segment_ids is None:
-        return real
-    return real & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+def _rematerialised(block: Block, what: str) -> Callable:
+    """The block, of which a gradient keeps less and computes `what` again. Made anew for each: jax.checkpoint traces a function once."""
+    if what == "none":
+        return block
+    if what == "attention":
+        return lambda x, attend, dropout: block(x, jax.checkpoint(lambda *vectors: attend(*vectors)), dropout)
+    # Kept are the products with weights, or nothing but the block's input.
+    policy = {"elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "blocks": None}[what]
+    return lambda x, attend, dropout: jax.checkpoint(lambda x: block(x, attend, dropout), policy=policy)(x)
 
 
 def position_ids(config: EncoderConfig, input_ids: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None) -> Int[Array, "B S"]:

@@ -9,7 +9,7 @@ from jaxdistill.features import VocabularyLogits
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.models.encoder import ACTIVATIONS, layer_norm, linear
 from jaxdistill.row_keys import RowKeys
-from jaxdistill.shapes import Array, Float
+from jaxdistill.shapes import Array, Float, Num
 
 
 class Pooler(nnx.Module):
@@ -32,10 +32,15 @@ class MLMHead(nnx.Module):
             init = nnx.initializers.truncated_normal(config.initializer_range)
             self.decoder = nnx.Param(init(rngs.params(), (config.hidden_size, config.vocab_size), jnp.float32))
 
-    def __call__(self, hidden: Float[Array, "*B S D"], word_embedding: Float[Array, "V D"]) -> VocabularyLogits:
+    def __call__(
+        self, hidden: Float[Array, "*B S D"], word_embedding: Num[Array, "V D"], scale: Float[Array, " V"] | None = None
+    ) -> VocabularyLogits:
+        """`scale`: of the rows of word embeddings in int8."""
         activation = ACTIVATIONS[self.config.activation] if self.config.family == "bert" else ACTIVATIONS["gelu"]
         vectors = self.norm(activation(self.dense(hidden))).astype(self.dtype)
-        return VocabularyLogits(vectors, self.decoder[...].T if hasattr(self, "decoder") else word_embedding, self.bias[...])
+        if hasattr(self, "decoder"):
+            return VocabularyLogits(vectors, self.decoder[...].T, self.bias[...])
+        return VocabularyLogits(vectors, word_embedding, self.bias[...], scale)
 
 
 class Classifier(nnx.Module):
