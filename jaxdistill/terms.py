@@ -100,7 +100,8 @@ def _bind_relations(name: str, term: RelationKL | RelationMSE, sides: Sides) -> 
             student, teacher = (sum(sides_of, ()) for sides_of in zip(*map(link.features, vectors.split("-")), strict=True))
             title = f"{name}/{vectors.replace('-', '_')}{link.suffix}"
             parts.append(Part(title, weight, student, teacher, partial(compute, link), _product_flops(sides)))
-    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note)
+    softmax = heads if isinstance(term, RelationKL) else 0
+    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note, relation_heads=softmax)
 
 
 def _bind_direct(name: str, term: DirectMSE, sides: Sides) -> BoundTerm:
@@ -136,7 +137,8 @@ def _bind_attention(name: str, term: AttentionKL | AttentionMSE, sides: Sides) -
     for link in links:
         (query, queries), (key, keys) = link.features("query"), link.features("key")
         parts.append(Part(f"{name}{link.suffix}", 1.0, query + key, queries + keys, partial(compute, link), _product_flops(sides)))
-    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note)
+    softmax = heads if isinstance(term, AttentionKL) else 0
+    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note, relation_heads=softmax)
 
 
 # Hidden states

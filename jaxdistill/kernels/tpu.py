@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 _LANES = 128
+_LOG2_E = math.log2(math.e)
 _HIDDEN = -1e30  # the score of a key that is not seen
 _SCORE_ELEMENTS = 2**18  # of one array [keys, queries]; about eight of them are alive, of the 16 MB that every chip's VMEM has
 LONGEST = 2048
@@ -65,6 +66,7 @@ def divergence(student, teacher, segments, num_heads: int, *, with_gradient: boo
         pl.BlockSpec((1, padded, size), lambda b, h: (b, 0, h)) for size in [lanes[0]] * len(student) + [lanes[1]] * len(teacher)
     ]  # fmt: skip
     of_segments = [pl.BlockSpec((1, 1, padded), lambda b, h: (b, 0, 0)), pl.BlockSpec((1, padded, 1), lambda b, h: (b, 0, 0))]
+    held = [(padded, padded)] * 4 + [(8, padded)] + [(padded, _LANES)] * 2
     vectors = jax.ShapeDtypeStruct(arrays[0].shape, student[0].dtype)
     value, *gradients = pl.pallas_call(
         partial(_program, sizes=sizes, cross=len(student) == 2, num_heads=group, block=block, with_gradient=with_gradient),
@@ -75,6 +77,7 @@ def divergence(student, teacher, segments, num_heads: int, *, with_gradient: boo
         scratch_shapes=[
             *(pltpu.VMEM((padded, size), jnp.float32) for size in [lanes[0]] * len(student) + [lanes[1]] * len(teacher)),
             *[pltpu.VMEM((padded, lanes[0]), jnp.float32)] * num_gradients,
+            *([pltpu.VMEM(shape, jnp.float32) for shape in held] if num_gradients == 1 and block == padded else ()),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=cost(batch, padded, num_heads, lanes, group, arrays, cross=len(student) == 2, with_gradient=with_gradient),
@@ -106,7 +109,7 @@ def _program(*refs, sizes, cross: bool, num_heads: int, block: int, with_gradien
     number = 2 if cross else 1
     inputs, (segment_row, segment_column, value), rest = refs[: 2 * number], refs[2 * number : 2 * number + 3], refs[2 * number + 3 :]
     gradients, rest = (rest[:number], rest[number:]) if with_gradient else ((), rest)
-    vectors, sums = rest[: 2 * number], rest[2 * number :]
+    vectors, (sums, held) = rest[: 2 * number], (rest[2 * number : 2 * number + len(gradients)], rest[2 * number + len(gradients) :])
     length, dtype = inputs[0].shape[1], inputs[0].dtype
     real = segment_column[0] > 0
     for source, own in zip(inputs, vectors, strict=True):
@@ -114,8 +117,10 @@ def _program(*refs, sizes, cross: bool, num_heads: int, block: int, with_gradien
     for own in sums:
         own[...] = jnp.zeros_like(own)
     total = jnp.zeros((1, block), jnp.float32)
-    symmetric = with_gradient and not cross and block == length
-    for start in range(0, length, block):
+    if held:
+        heads = [[_Head(own, head, size, dtype) for own, size in zip(vectors, sizes, strict=True)] for head in range(num_heads)]
+        total = _symmetric(heads, sums[0], (held[:2], held[2:4]), held[4], held[5:], segment_row, segment_column)
+    for start in () if held else range(0, length, block):
         queries = slice(start, start + block)
         row = segment_row[0, :, queries]
         seen = (segment_column[0] == row) & real
@@ -127,10 +132,7 @@ def _program(*refs, sizes, cross: bool, num_heads: int, block: int, with_gradien
             difference = (theirs.scores - ours.scores) - (theirs.peak - ours.peak)
             divergence = jnp.sum(theirs.weights * difference, axis=0, keepdims=True) - theirs.total + ours.total
             total = total + jnp.where(row > 0, divergence, 0.0)
-            if symmetric:
-                delta = (ours.weights - theirs.weights) + (ours.transposed() - theirs.transposed())
-                student[0].add(sums[0], slice(None), _product(delta.astype(dtype), student[0].alone(slice(None)), dtype))
-            elif with_gradient:
+            if with_gradient:
                 delta = ours.weights - theirs.weights
                 to_keys = _product(delta.astype(dtype), student[0].alone(queries), dtype)
                 to_queries = _product(delta.T.astype(dtype), student[-1].alone(slice(None)), dtype)
@@ -139,6 +141,76 @@ def _program(*refs, sizes, cross: bool, num_heads: int, block: int, with_gradien
     value[...] = jnp.broadcast_to(jnp.sum(total), value.shape)
     for gradient, own in zip(gradients, sums, strict=True):
         gradient[0] = (own[...] * jnp.float32(sizes[0] ** -0.5)).astype(gradient.dtype)
+
+
+def _symmetric(heads, gradient, scores, rows, columns, segment_row, segment_column):
+    """All heads of a block, each with its queries as its keys: the KL by query [1, S]; the gradient is added.
+
+    Three walks over the scores of a head, a strip at a time: the products and their peaks; the log-sum-exp; weights, divergence and
+    gradient. The first wants the matrix unit and the last the exponentials, so the first of a head goes with the last of the one
+    before it, into the other of two buffers.
+
+    Args:
+      heads: (student, teacher) of each head.
+      scores: [S, S] for each side, of two heads; rows: [8, S], the peaks and then the log-sum-exp, of two heads; columns: [S, 128] for each
+        side, the log-sum-exp of each row in all lanes.
+    """
+    length, dtype = segment_row.shape[-1], heads[0][0].dtype
+    size = 2 * _LANES if length % (2 * _LANES) == 0 else _LANES
+    walk = partial(_walk, length, size)
+
+    def multiply(head: int, lanes):
+        seen = (segment_column[0] == segment_row[0, :, lanes]) & (segment_column[0] > 0)
+        for number, side in enumerate(heads[head]):
+            own = _product(side.whole(slice(None)), side.alone(lanes), dtype, contract=1) * jnp.float32(side.size**-0.5 * _LOG2_E)
+            own = jnp.where(seen, own, _HIDDEN)
+            scores[head % 2][number][:, lanes] = own
+            place = 2 * (head % 2) + number
+            rows[place : place + 1, lanes] = jnp.max(own, axis=0, keepdims=True)
+
+    def sum_up(head: int, lanes):
+        for number in range(2):
+            place = 2 * (head % 2) + number
+            peak = rows[place : place + 1, lanes]
+            total = jnp.sum(jnp.exp2(scores[head % 2][number][:, lanes] - peak), axis=0, keepdims=True)
+            above = jnp.where(segment_row[0, :, lanes] > 0, peak + jnp.log2(total), -_HIDDEN)
+            rows[place : place + 1, lanes] = above
+            columns[number][lanes, :] = jnp.broadcast_to(above, (_LANES, size)).T
+
+    def compare(head: int, lanes, divergence):
+        place = 2 * (head % 2)
+        ours, theirs = (own[lanes, :] for own in scores[head % 2])
+        ours_below, theirs_below = ours - rows[place : place + 1, :], theirs - rows[place + 1 : place + 2, :]
+        weights = jnp.exp2(theirs_below)
+        divergence = divergence + jnp.sum(weights * (theirs_below - ours_below), axis=0, keepdims=True)
+        delta = jnp.exp2(ours_below) - weights
+        across = [jnp.concatenate([column[lanes, :]] * (length // _LANES), axis=1) for column in columns]
+        delta = delta + (jnp.exp2(ours - across[0]) - jnp.exp2(theirs - across[1]))
+        student = heads[head][0]
+        student.add(gradient, lanes, _product(delta.astype(dtype), student.alone(slice(None)), dtype))
+        return divergence
+
+    divergence = jnp.zeros((1, length), jnp.float32)
+    walk(lambda lanes, carry: multiply(0, lanes) or carry, 0)
+    for head in range(len(heads)):
+        walk(lambda lanes, carry, head=head: sum_up(head, lanes) or carry, 0)
+
+        def last_and_first(lanes, divergence, head=head):
+            if head + 1 < len(heads):
+                multiply(head + 1, lanes)
+            return compare(head, lanes, divergence)
+
+        divergence = walk(last_and_first, divergence)
+    return divergence * jnp.float32(1 / _LOG2_E)
+
+
+def _walk(length: int, size: int, body, carry):
+    """`body(strip, carry)` over strips of this size, in a loop of its own unless there is one."""
+
+    def step(number, carry):
+        return body(pl.ds(pl.multiple_of(number * size, size), size), carry)
+
+    return step(0, carry) if length == size else jax.lax.fori_loop(0, length // size, step, carry)
 
 
 class _Head:
@@ -150,16 +222,16 @@ class _Head:
         self.lanes = slice(first // _LANES * _LANES, _rounded(end, _LANES))
         self.first = first - self.lanes.start
 
-    def whole(self, rows: slice):
+    def whole(self, rows):
         return self.vectors[rows, self.lanes].astype(self.dtype)
 
-    def alone(self, rows: slice):
+    def alone(self, rows):
         """Zeros in the lanes of other heads."""
         window = self.vectors[rows, self.lanes]
         lane = jax.lax.broadcasted_iota(jnp.int32, window.shape, 1)
         return jnp.where((lane >= self.first) & (lane < self.first + self.size), window, 0.0).astype(self.dtype)
 
-    def add(self, sums, rows: slice, update):
+    def add(self, sums, rows, update):
         sums[rows, self.lanes] += update
 
 
@@ -172,17 +244,10 @@ def _product(a, b, dtype, contract: int = 0):
 class _softmax:  # noqa: N801 (what it holds is the softmax)
     """Over keys, for the queries of a block: scores and weights [keys, queries]; peak and log-sum-exp above it [1, queries]."""
 
-    def __init__(self, side, queries: slice, seen, real):
+    def __init__(self, side, queries, seen, real):
         scores = _product(side[-1].whole(slice(None)), side[0].alone(queries), side[0].dtype, contract=1)
         self.scores = jnp.where(seen, scores * jnp.float32(side[0].size ** -0.5), _HIDDEN)
         self.peak = jnp.max(self.scores, axis=0, keepdims=True)
         weights = jnp.exp(self.scores - self.peak)
         total = jnp.sum(weights, axis=0, keepdims=True)
         self.weights, self.total, self.real = weights * jnp.where(real, 1.0 / total, 0.0), jnp.log(total), real
-
-    def transposed(self):
-        """Of symmetric scores: the weights as [query, key]."""
-        length = self.scores.shape[0]
-        above = jnp.where(self.real, self.peak + self.total, -_HIDDEN)
-        column = jnp.broadcast_to(above, (_LANES, length)).T
-        return jnp.exp(self.scores - jnp.concatenate([column] * (length // _LANES), axis=1))
