@@ -88,6 +88,8 @@ def _bind_relations(name: str, term: RelationKL | RelationMSE, sides: Sides) -> 
     _not_learned(term, sides)
     heads = _heads(term, sides)
     pairs, links, note = links_of(term.layer_map, sides, 1)
+    function = kernels.relation_kl if isinstance(term, RelationKL) else kernels.relation_mse
+
     def compute(link: Link, student, teacher, projections, inputs: Inputs) -> SumAndCount:
         vectors = [link.chosen(candidates, inputs.step) for candidates in _split(teacher, len(student))]
         keys = {"student_keys": student[1], "teacher_keys": vectors[1]} if len(student) == 2 else {}

@@ -127,7 +127,7 @@ def _program(*refs, sizes, cross: bool, num_heads: int, block: int, with_gradien
         for head in range(num_heads):
             student = [_Head(own, head, sizes[0], dtype) for own in vectors[:number]]
             teacher = [_Head(own, head, sizes[1], dtype) for own in vectors[number:]]
-            ours, theirs = (_softmax(side, queries, seen, row > 0) for side in (student, teacher))
+            ours, theirs = (_Softmax(side, queries, seen, row > 0) for side in (student, teacher))
             # Peaks are taken off within the sum: large scores cancel there, and would leave their rounding behind outside it.
             difference = (theirs.scores - ours.scores) - (theirs.peak - ours.peak)
             divergence = jnp.sum(theirs.weights * difference, axis=0, keepdims=True) - theirs.total + ours.total
@@ -241,7 +241,7 @@ def _product(a, b, dtype, contract: int = 0):
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-class _softmax:  # noqa: N801 (what it holds is the softmax)
+class _Softmax:
     """Over keys, for the queries of a block: scores and weights [keys, queries]; peak and log-sum-exp above it [1, queries]."""
 
     def __init__(self, side, queries, seen, real):

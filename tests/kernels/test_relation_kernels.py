@@ -156,7 +156,7 @@ def fused_attention(query, key, value, *, mask, scale, return_residual):
     assert mask is None or (mask.shape == (query.shape[0], 1, query.shape[1], query.shape[1]) and query.shape[1] % 2 == 0)
     scores = jnp.einsum("bqrh,bkrh->brqk", query, key, preferred_element_type=jnp.float32) * jnp.float32(scale)
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.float32(-2.0**40))
+        scores = jnp.where(mask, scores, jnp.float32(-(2.0**40)))
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("brqk,bkrh->bqrh", weights, value), jax.nn.logsumexp(scores, axis=-1)
 
