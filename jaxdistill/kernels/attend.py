@@ -19,8 +19,6 @@ import jax.numpy as jnp
 from jaxdistill.losses.relations import visible_pairs
 
 _BLOCK_ELEMENTS = 2**24  # scores of one block of queries, of the whole batch
-_HIDDEN_KEY = -(2.0**14)  # a power of two, exact in half precision; over sqrt(256) still far below any score
-_LARGEST_HEAD = 256
 
 
 def divergence(attention, student, teacher, segments, num_heads: int, *, with_gradient: bool):
@@ -37,9 +35,9 @@ def divergence(attention, student, teacher, segments, num_heads: int, *, with_gr
     scales = ours[0].shape[-1] ** -0.5, theirs[0].shape[-1] ** -0.5
     cotangent = ours[0] if with_gradient else None
     seen, student_sum, to_student = attention(ours[0], ours[-1], ours[-1], cotangent, scales[0])
-    both = jnp.concatenate([theirs[-1], ours[-1].astype(theirs[-1].dtype)], axis=-1)
-    outputs, teacher_sum, to_teacher = attention(theirs[0], theirs[-1], both, cotangent, scales[1])
-    of_teacher, of_student = outputs[..., : theirs[0].shape[-1]], outputs[..., theirs[0].shape[-1] :]
+    values = ours[-1].astype(theirs[-1].dtype)
+    of_student, teacher_sum, to_teacher = attention(theirs[0], theirs[-1], values, cotangent, scales[1])
+    of_teacher = attention(theirs[0], theirs[-1], theirs[-1], None, scales[1])[0]
     real = (segments > 0)[:, :, None]
     value = _inner(theirs[0], of_teacher) * scales[1] - teacher_sum - _inner(ours[0], of_student) * scales[0] + student_sum
     total = jnp.sum(jnp.where(real, value, 0.0))
@@ -59,7 +57,7 @@ def _inner(a, b):
     return jnp.sum(_float32(a) * _float32(b), axis=-1)
 
 
-def in_query_blocks(query, key, value, cotangent, scale: float, *, segments, packed: bool):
+def in_query_blocks(query, key, value, cotangent, scale: float, *, segments):
     """On any device: all keys for one block of queries after the other; its scores are what is held."""
     batch, length, heads, _ = query.shape
     fitting = max(_BLOCK_ELEMENTS // (batch * heads * length), 1)
@@ -93,37 +91,34 @@ def in_query_blocks(query, key, value, cotangent, scale: float, *, segments, pac
 
 
 def cudnn_head_size(*sizes: int) -> int:
-    """Of queries, keys and values alike: the largest, one more number of the queries and keys, in multiples of 8."""
-    return -(-max(sizes[0] + 1, *sizes) // 8) * 8
+    """Of queries, keys and values alike: the largest, in multiples of 8."""
+    return -(-max(sizes) // 8) * 8
 
 
-def by_cudnn(query, key, value, cotangent, scale: float, *, segments, packed: bool):
+def by_cudnn(query, key, value, cotangent, scale: float, *, segments):
     """cuDNN's fused attention, half precision, on NVIDIA GPUs."""
     from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
 
-    return with_masks(dot_product_attention, query, key, value, cotangent, scale, segments=segments, packed=packed)
+    return with_masks(dot_product_attention, query, key, value, cotangent, scale, segments=segments)
 
 
-def with_masks(attention, query, key, value, cotangent, scale: float, *, segments, packed: bool):
-    """What cuDNN asks for: sizes in multiples of 8, masks [B, 1, S, S], and with a mask an even length.
+def with_masks(attention, query, key, value, cotangent, scale: float, *, segments):
+    """What cuDNN asks for: sizes in multiples of 8, a mask [B, 1, S, S], and with it an even length.
 
-    Padding alone needs no mask: one more number, 1 of every query and very low of a padded key, hides it. (A mask would be an
-    input of [B, 1, S, S], and cuDNN would compute its gradient.) `jax.nn.dot_product_attention` would round the log-sum-exp to half
+    Padding sees padding, so that no query is without a key. `jax.nn.dot_product_attention` would round the log-sum-exp to half
     precision, which is more than a KL of close relations; the function below it does not.
 
     Args:
       attention: that function, or one with its signature.
     """
     length, size = query.shape[1], cudnn_head_size(query.shape[-1], value.shape[-1])
-    key = jnp.concatenate([key, jnp.where(segments > 0, 0.0, _HIDDEN_KEY).astype(key.dtype)[:, :, None, None] * _ones(key)], axis=-1)
-    query = jnp.concatenate([query, _ones(query)], axis=-1)
-    odd = length % 2 if packed else 0
+    odd = length % 2
 
     def padded(x):
         return jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, size - x.shape[-1])))
 
     segments = jnp.pad(segments, ((0, 0), (0, odd)))
-    mask = (segments[:, None, :, None] == segments[:, None, None, :]) if packed else None
+    mask = segments[:, None, :, None] == segments[:, None, None, :]
 
     def of_values(values):
         output, log_sum = attention(padded(query), padded(key), values, mask=mask, scale=scale, return_residual=True)
@@ -137,7 +132,3 @@ def with_masks(attention, query, key, value, cotangent, scale: float, *, segment
         output, pull, log_sum = jax.vjp(of_values, values, has_aux=True)
         transposed = pull(padded(cotangent.astype(query.dtype)))[0][:, :length, :, : cotangent.shape[-1]]
     return output[:, :length, :, : value.shape[-1]], jnp.swapaxes(log_sum, 1, 2)[:, :length].astype(jnp.float32), transposed
-
-
-def _ones(x):
-    return jnp.ones_like(x[..., :1])

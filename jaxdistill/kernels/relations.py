@@ -52,7 +52,7 @@ def _not_cudnn(kernels: Kernels, heads: tuple[int, int], dtype: str) -> str | No
         return f"is for NVIDIA GPUs, and this run is for a {kernels.platform.upper()}"
     if dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16, and training.precision is {dtype}"
-    largest = attend.cudnn_head_size(max(heads), sum(heads))
+    largest = attend.cudnn_head_size(max(heads), max(heads))
     return f"takes heads of at most 256 numbers, and these need {largest}" if largest > 256 else None
 
 
@@ -101,7 +101,7 @@ def relation_kl(
     teacher = jax.lax.stop_gradient(teacher)
     segments = (mask > 0).astype(jnp.int32) if segment_ids is None else jnp.where(mask > 0, segment_ids, 0).astype(jnp.int32)
     count = jnp.sum((mask > 0).astype(jnp.float32)) * num_relation_heads
-    how = _How(name, kernels, local_heads, packed=segment_ids is not None)
+    how = _How(name, kernels, local_heads)
     if mesh.empty or mesh.size == 1:
         return _divergence(student, teacher, segments, how), count
     if mask.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -139,7 +139,6 @@ class _How:
     name: str
     kernels: Kernels
     num_heads: int  # of this device
-    packed: bool  # whether rows have segments beside their padding
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -156,7 +155,7 @@ def _compute(student, teacher, segments, how: _How, *, with_gradient: bool):
         blocks = partial(head_blocks.divergence, platform=how.kernels.platform)
         return blocks(student, teacher, segments, how.num_heads, with_gradient=with_gradient)
     attention = attend.in_query_blocks if how.name == "attend" else attend.by_cudnn
-    attention = partial(attention, segments=segments, packed=how.packed)
+    attention = partial(attention, segments=segments)
     return attend.divergence(attention, student, teacher, segments, how.num_heads, with_gradient=with_gradient)
 
 

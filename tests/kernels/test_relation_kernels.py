@@ -190,8 +190,8 @@ def test_cudnn_is_lowered_for_cuda(monkeypatch):
     kernel = partial(kernels.relation_kl, kernels=Kernels("gpu"), num_relation_heads=8)
     value = jax.value_and_grad(lambda student, teacher, mask: kernel(student, teacher, mask)[0])
     text = jax.jit(value).trace(vectors, vectors, mask).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__cudnn$fmhaSoftmaxBackward") == 2 and text.count("@__cudnn$fmhaSoftmax(") == 2
-    assert "x64x64x" not in text and "2x64x8x24xbf16" in text  # 12 + 12 numbers of teacher and student
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward") == 2 and text.count("@__cudnn$fmhaScaleBiasSoftmax(") == 3
+    assert "x64x64x" not in text and "2x64x8x16xbf16" in text  # of 12 numbers
 
 
 # What is chosen, and what memory it takes
