@@ -26,7 +26,7 @@ _LANES = 128
 _LOG2_E = math.log2(math.e)
 _HIDDEN = -1e30  # the score of a key that is not seen
 _SCORE_ELEMENTS = 2**18  # of one array [keys, queries]; about eight of them are alive, of the 16 MB that every chip's VMEM has
-LONGEST = 2048
+LONGEST = 1024  # blocks of queries are written out in the program: at 2048 a compilation takes minutes
 MOST_HEADS = 64  # of one block: each is written out in the program
 
 
@@ -66,6 +66,7 @@ def divergence(student, teacher, segments, num_heads: int, *, with_gradient: boo
         pl.BlockSpec((1, padded, size), lambda b, h: (b, 0, h)) for size in [lanes[0]] * len(student) + [lanes[1]] * len(teacher)
     ]  # fmt: skip
     of_segments = [pl.BlockSpec((1, 1, padded), lambda b, h: (b, 0, 0)), pl.BlockSpec((1, padded, 1), lambda b, h: (b, 0, 0))]
+    symmetric = num_gradients == 1 and block == padded
     held = [(padded, padded)] * 4 + [(8, padded)] + [(padded, _LANES)] * 2
     vectors = jax.ShapeDtypeStruct(arrays[0].shape, student[0].dtype)
     value, *gradients = pl.pallas_call(
@@ -77,23 +78,27 @@ def divergence(student, teacher, segments, num_heads: int, *, with_gradient: boo
         scratch_shapes=[
             *(pltpu.VMEM((padded, size), jnp.float32) for size in [lanes[0]] * len(student) + [lanes[1]] * len(teacher)),
             *[pltpu.VMEM((padded, lanes[0]), jnp.float32)] * num_gradients,
-            *([pltpu.VMEM(shape, jnp.float32) for shape in held] if num_gradients == 1 and block == padded else ()),
+            *([pltpu.VMEM(shape, jnp.float32) for shape in held] if symmetric else ()),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        cost_estimate=cost(batch, padded, num_heads, lanes, group, arrays, cross=len(student) == 2, with_gradient=with_gradient),
+        cost_estimate=cost(
+            batch, padded, num_heads, lanes, group, arrays, cross=len(student) == 2, with_gradient=with_gradient, symmetric=symmetric
+        ),
         interpret=interpret,
         name="relation_kl",
     )(*arrays, segments[:, None, :], segments[:, :, None])
     return jnp.sum(value[:, :, 0, 0]), tuple(gradient[:, :length, :width] for gradient in gradients)
 
 
-def cost(batch: int, length: int, num_heads: int, lanes, group: int, arrays, *, cross: bool, with_gradient: bool) -> pl.CostEstimate:
+def cost(
+    batch: int, length: int, num_heads: int, lanes, group: int, arrays, *, cross: bool, with_gradient: bool, symmetric: bool
+) -> pl.CostEstimate:
     """What the kernel does: products over the lanes that a head touches, exponentials of both sides, vectors read and written once."""
     pairs, bytes_of = batch * num_heads * length**2, lambda x: math.prod(x.shape) * x.dtype.itemsize
     wide = [min(_LANES, size) for size in lanes]
-    products = wide[0] + wide[1] + with_gradient * (1 + cross) * wide[0]
+    products = wide[0] + wide[1] + with_gradient * (1 if symmetric else 2) * wide[0]
     read = sum(map(bytes_of, arrays)) + with_gradient * sum(map(bytes_of, arrays[: 1 + cross]))
-    exponentials = 2 if cross or not with_gradient else 4
+    exponentials = 6 if symmetric else 2
     return pl.CostEstimate(flops=2 * pairs * products, transcendentals=exponentials * pairs, bytes_accessed=read)
 
 
