@@ -88,6 +88,7 @@ class BoundTerm:
     parts: tuple[Part, ...]
     note: str = ""
     memory_bank: tuple[Feature, int] | None = None
+    relation_heads: int = 0  # of a relation or attention KL, whose implementation depends on them
 
     @property
     def layers(self) -> str:

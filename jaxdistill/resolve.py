@@ -13,7 +13,7 @@ from jaxdistill.config import CheckpointConfig, Config
 from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokenizer
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.features import Feature, deepest_layer
-from jaxdistill.kernels import Kernels, Platform
+from jaxdistill.kernels import Kernels, Platform, relations_kernel
 from jaxdistill.models import EncoderConfig, attention_kernel, find_model, load_config, not_fused, with_mlm_head
 from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
@@ -165,6 +165,8 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
         teacher.config, config.training.precision, config.training.seed, config.data.packing,
         _masking(config, students, tokenizer), config.training.freeze_after, kernels, config.training.rematerialise,
     )  # fmt: skip
+    for student in students:
+        relations_of(student, settings, config, mesh)
     models = _folder(teacher, with_head=reads_logits), teacher.config, tokenizer_source, tokenizer
     return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
 
@@ -194,6 +196,20 @@ def _check_attention(kernels: Kernels, config: Config, teacher: EncoderConfig, s
             reason = not_fused(fused, kernels, encoder, *job, dropout=drops)
             warnings.append(f"{place}: its attention is computed plainly, which is slower and takes more memory: {reason}")
     return warnings
+
+
+def relations_of(student: Student, settings: StepSettings, config: Config, mesh: Mapping[str, int]) -> dict[str, str]:
+    """Term -> the implementation of its relation or attention KL.
+
+    Raises:
+      InputError: the one that kernels.relations forces cannot compute it.
+    """
+    names = {}
+    for term in (term for term in student.terms if term.relation_heads):
+        pieces = mesh["tensor"] if term.relation_heads % mesh["tensor"] == 0 else 1
+        heads, widths = term.relation_heads // pieces, (student.config.hidden_size // pieces, settings.teacher.hidden_size // pieces)
+        names[term.name] = relations_kernel(settings.kernels, config.data.sequence_length, *widths, heads, settings.dtype)
+    return names
 
 
 def _model(path_or_hub_id: str, planned: Mapping[str, Model], place: str) -> Model:

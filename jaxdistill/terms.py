@@ -89,12 +89,12 @@ def _bind_relations(name: str, term: RelationKL | RelationMSE, sides: Sides) -> 
     _not_learned(term, sides)
     heads = _heads(term, sides)
     pairs, links, note = links_of(term.layer_map, sides, 1)
-    function = kernels.relation_kl if isinstance(term, RelationKL) else losses.relation_mse
+    function = kernels.relation_kl if isinstance(term, RelationKL) else kernels.relation_mse
 
     def compute(link: Link, student, teacher, projections, inputs: Inputs) -> SumAndCount:
         vectors = [link.chosen(candidates, inputs.step) for candidates in _split(teacher, len(student))]
         keys = {"student_keys": student[1], "teacher_keys": vectors[1]} if len(student) == 2 else {}
-        own = {"num_relation_heads": heads, "segment_ids": inputs.segment_ids}
+        own = {"num_relation_heads": heads, "segment_ids": inputs.segment_ids, "kernels": inputs.kernels}
         return function(student[0], vectors[0], inputs.mask, **own, **keys)
 
     parts = []
@@ -103,7 +103,8 @@ def _bind_relations(name: str, term: RelationKL | RelationMSE, sides: Sides) -> 
             student, teacher = (sum(sides_of, ()) for sides_of in zip(*map(link.features, vectors.split("-")), strict=True))
             title = f"{name}/{vectors.replace('-', '_')}{link.suffix}"
             parts.append(Part(title, weight, student, teacher, partial(compute, link), _product_flops(sides)))
-    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note)
+    softmax = heads if isinstance(term, RelationKL) else 0
+    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note, relation_heads=softmax)
 
 
 def _bind_direct(name: str, term: DirectMSE, sides: Sides) -> BoundTerm:
@@ -128,17 +129,19 @@ def _bind_attention(name: str, term: AttentionKL | AttentionMSE, sides: Sides) -
     _not_learned(term, sides)
     heads = _heads(term, sides)
     pairs, links, note = links_of(term.layer_map, sides, 1)
-    function = kernels.attention_kl if isinstance(term, AttentionKL) else losses.attention_mse
+    function = kernels.attention_kl if isinstance(term, AttentionKL) else kernels.attention_mse
 
     def compute(link: Link, student, teacher, projections, inputs: Inputs) -> SumAndCount:
         vectors = [link.chosen(candidates, inputs.step) for candidates in _split(teacher, 2)]
-        return function(*student, *vectors, inputs.mask, num_heads=heads, segment_ids=inputs.segment_ids)
+        own = {"num_heads": heads, "segment_ids": inputs.segment_ids, "kernels": inputs.kernels}
+        return function(*student, *vectors, inputs.mask, **own)
 
     parts = []
     for link in links:
         (query, queries), (key, keys) = link.features("query"), link.features("key")
         parts.append(Part(f"{name}{link.suffix}", 1.0, query + key, queries + keys, partial(compute, link), _product_flops(sides)))
-    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note)
+    softmax = heads if isinstance(term, AttentionKL) else 0
+    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note, relation_heads=softmax)
 
 
 # Hidden states

@@ -10,7 +10,7 @@ from relation_examples import make_segments, make_vectors
 
 from jaxdistill import kernels, losses
 from jaxdistill.config import MeshConfig
-from jaxdistill.kernels import relations
+from jaxdistill.kernels import head_blocks
 from jaxdistill.sharding import create_mesh
 
 HEADS = 4
@@ -78,7 +78,7 @@ def test_attention_of_odd_lengths_packed(length, head_size):
 
 @pytest.mark.parametrize(("elements", "heads_in_block"), [(1, 1), (8 * 81, 8), (10**9, 24)])
 def test_every_cut_into_blocks(elements, heads_in_block, monkeypatch):
-    monkeypatch.setattr(relations, "_BLOCK_ELEMENTS", {"cpu": elements})
+    monkeypatch.setattr(head_blocks, "_BLOCK_ELEMENTS", {"cpu": elements})
     student, teacher = make_vectors(2, 9, 24, 36)
     segments = make_segments([[9], [4, 3]], 9)
     arrays = student, teacher, segments.clip(0, 1), segments
@@ -115,8 +115,8 @@ def test_gradient_scales_with_what_follows():
 
 def test_self_form_copies_its_vectors_once(monkeypatch):
     """Into blocks: student and teacher, where the cross form has queries and keys of each."""
-    copied, split = [], relations._split_blocks
-    monkeypatch.setattr(relations, "_split_blocks", lambda *args, **options: copied.append(args) or split(*args, **options))
+    copied, split = [], head_blocks._split_blocks
+    monkeypatch.setattr(head_blocks, "_split_blocks", lambda *args, **options: copied.append(args) or split(*args, **options))
     vectors, mask = jnp.ones((2, 11, 24)), jnp.ones((2, 11))
     kernels.relation_kl(vectors, vectors, mask, num_relation_heads=6)
     assert len(copied) == 2
