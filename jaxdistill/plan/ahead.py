@@ -67,11 +67,14 @@ def abstract_arguments(run: Run, mesh: jax.sharding.Mesh | jax.sharding.Abstract
 
 
 @contextlib.contextmanager
-def _cudnn_unprobed() -> Iterator[None]:
-    """JAX asks the GPU for its cuDNN before it lowers to it, and there is none; 9.12 is what `target_config` says."""
+def _cudnn_unprobed(device: jax.Device) -> Iterator[None]:
+    """JAX asks the GPU here for its cuDNN and capability before it lowers to it; answers for `device` as `target_config` does."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    probes = {"check_cudnn_version": lambda: 91200, "check_compute_capability": lambda *_: True}
+    probes = {
+        "check_cudnn_version": lambda: 91200,
+        "check_compute_capability": lambda wanted: float(device.compute_capability) >= float(wanted),
+    }
     before = {name: getattr(cudnn, name) for name in probes}
     for name, answer in probes.items():
         setattr(cudnn, name, answer)
@@ -86,6 +89,6 @@ def compile_ahead(run: Run, devices: Sequence) -> jax.stages.Compiled:
     """The step of a run that was resolved for as many devices of this platform."""
     mesh = create_mesh(run.config.mesh, devices)
     arguments = abstract_arguments(run, mesh)  # outside of the mesh, on which nothing can be run
-    away = _cudnn_unprobed() if devices[0].platform in ("gpu", "cuda") else contextlib.nullcontext()
+    away = _cudnn_unprobed(devices[0]) if devices[0].platform == "gpu" else contextlib.nullcontext()
     with jax.set_mesh(mesh), away:
         return compile_step(run, *arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[suf]\d+|c\d+|f8\w+)\[([\d,]*)\]")
@@ -119,7 +119,7 @@ def trip_count(module: Module, loop: Instruction, around: dict[str, Instruction]
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     condition, body = (module.computations[loop.called(name)] for name in ("condition", "body"))
-    compare = next((i for i in condition.values() if i.is_root), None)
+    compare = _unwrapped(module, next((i for i in condition.values() if i.is_root), None))
     if compare is None or compare.opcode != "compare" or "direction=LT" not in compare.rest or len(compare.operands) != 2:
         return None
     counter, limit = compare.operands
@@ -128,7 +128,7 @@ def trip_count(module: Module, loop: Instruction, around: dict[str, Instruction]
     initial = around.get(loop.operands[0])
     if end is None and (bound := _tuple_place(condition, limit)) is not None:
         end = _passed(around, initial, bound)
-    start, step = _passed(around, initial, place), _step(body, place)
+    start, step = _passed(around, initial, place), _step(module, body, place)
     if None in (end, start, step) or step < 1:
         return None
     return max(-((start - end) // step), 0)
@@ -158,13 +158,26 @@ def _passed(around: dict[str, Instruction], initial: Instruction | None, place: 
     return _constant(around, initial.operands[place])
 
 
-def _step(body: dict[str, Instruction], place: int | None) -> int | None:
+def _unwrapped(module: Module, found: Instruction | None) -> Instruction | None:
+    """The one operation of a fusion that holds no other, as the CPU's compiler wraps them."""
+    if found is None or found.opcode != "fusion":
+        return found
+    inner = module.computations[found.called("calls")]
+    root = next(i for i in inner.values() if i.is_root)
+    if any(inner[name].opcode != "parameter" for name in root.operands):
+        return found
+    arguments = ", ".join(f"%{found.operands[int(inner[name].arguments)]}" for name in root.operands)
+    return replace(root, arguments=arguments)
+
+
+def _step(module: Module, body: dict[str, Instruction], place: int | None) -> int | None:
     root = next((i for i in body.values() if i.is_root), None)
     if root is None or place is None or root.opcode != "tuple":
         return None
     added = body.get(root.operands[place])
     while added is not None and added.opcode in ("copy", "bitcast"):
         added = body.get(added.operands[0])
+    added = _unwrapped(module, added)
     if added is None or added.opcode != "add":
         return None
     steps = [value for name in added.operands if (value := _constant(body, name)) is not None]

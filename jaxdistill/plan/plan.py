@@ -12,7 +12,16 @@ from jaxdistill.plan.chips import usable_memory
 from jaxdistill.plan.compiled import CompiledStep, DoesNotFitError, LargestBatch, compile_run, largest_batch, rows_per_device, with_rows
 from jaxdistill.plan.estimate import Roofline, abstract_mesh, roofline
 from jaxdistill.plan.resharding import parameter_shapes, resharded
-from jaxdistill.plan.tables import batch_line, collective_table, cost_table, cycle_table, heading, kernel_table, memory_table, throughput_table
+from jaxdistill.plan.tables import (
+    batch_line,
+    collective_table,
+    cost_table,
+    cycle_table,
+    heading,
+    kernel_table,
+    memory_table,
+    throughput_table,
+)
 from jaxdistill.plan.topology import Topology, missing_compiler
 from jaxdistill.resolve import Run
 
@@ -56,23 +65,26 @@ def plan_run(run: Run, topology: Topology, *, compile_step: bool = True, search_
         need(own)
     compiled = steps.get(own)
     if compiled is None:
-        return Plan(run, topology, roofline(run, chip), None, largest, (), (*run.warnings, f"{own} rows a device do not fit: {refused[own]}"))
+        return Plan(
+            run, topology, roofline(run, chip), None, largest, (), (*run.warnings, f"{own} rows a device do not fit: {refused[own]}")
+        )
     notes.append(f"compiled in {compiled.seconds:.0f} s" + (f", {len(steps) + len(refused)} sizes in all" if search_batch else ""))
     best = roofline(run, chip, traffic=compiled.accessed, sent=compiled.program.sent)
     return Plan(run, topology, best, compiled, largest, tuple(notes), (*run.warnings, *_warnings(run, topology, compiled)))
 
 
 def _warnings(run: Run, topology: Topology, compiled: CompiledStep) -> list[str]:
-    usable, program = usable_memory(topology.chip), compiled.program
+    chip, program = topology.chip, compiled.program
+    usable, needed = usable_memory(chip), compiled.memory.total
     found = []
-    if compiled.memory.total > usable:
-        found.append(f"the step needs {compiled.memory.total / 1e9:.1f} GB, over the {usable / 1e9:.1f} GB that a {topology.chip.name} gives it")
+    if needed > usable:
+        found.append(f"the step needs {needed / 1e9:.1f} GB, over the {usable / 1e9:.1f} GB that a {chip.name} gives it")
     state, teacher, _ = abstract_arguments(run, abstract_mesh(run))
     trained = [student.trained for student in state.students.values()]
     found += resharded(program.collectives, parameter_shapes(trained, teacher), tensor=run.mesh["tensor"] > 1)
     if program.unknown_loops:
         found.append(f"{program.unknown_loops} loops of unknown length are counted once")
-    if topology.chip.platform == "tpu" and (silent := sum(program.kernels.values()) - len(program.kernel_costs)) > 0 and program.kernels:
+    if chip.platform == "tpu" and (silent := program.silent_kernels):
         found.append(f"{silent} calls of custom kernels declare no cost: they count as nothing in the compiler's estimate")
     return found
 

@@ -44,6 +44,7 @@ class Tally:
     collectives: list[Collective] = field(default_factory=list)
     kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # custom call of an own kernel or a library -> runs
     kernel_costs: list[tuple[float, float]] = field(default_factory=list)  # (operations, bytes) that kernels without cycles declare
+    silent_kernels: int = 0  # runs of kernels that have neither cycles nor a declared cost
     unknown_loops: int = 0  # whose bodies are counted once
 
     def add(self, other: Tally, times: int = 1) -> None:
@@ -53,6 +54,7 @@ class Tally:
             self.kernels[name] += runs * times
         self.collectives += [Collective(c.kind, c.arrays, c.group, c.op_name, c.times * times) for c in other.collectives]
         self.kernel_costs += [(flops * times, size * times) for flops, size in other.kernel_costs]
+        self.silent_kernels += other.silent_kernels * times
         self.unknown_loops += other.unknown_loops
 
     @property
@@ -139,10 +141,14 @@ class _Reader:
             return
         kernel = re.search(r'"?kernel_name"?[:=]\s*"([^"]*)"', i.rest)
         found.kernels[kernel[1] if kernel else name] += 1
+        if has_cycles:
+            return
         cost = re.search(r'"cost_estimate":\{([^}]*)\}', i.rest)
-        if cost and not has_cycles:
-            values = {key: float(value) for key, value in re.findall(r'"(\w+)":"?(\d+)', cost[1])}
-            found.kernel_costs.append((values.get("flops", 0.0), values.get("bytes_accessed", 0.0)))
+        if cost is None:
+            found.silent_kernels += 1
+            return
+        values = {key: float(value) for key, value in re.findall(r'"(\w+)":"?(\d+)', cost[1])}
+        found.kernel_costs.append((values.get("flops", 0.0), values.get("bytes_accessed", 0.0)))
 
 
 def group_size(attributes: str, num_devices: int) -> int:

@@ -43,23 +43,24 @@ def _hours(value: float) -> str:
 def memory_table(run: Run, chip: Chip | None = None, compiled: CompiledStep | None = None) -> Table:
     """Bytes of one device: by formula what stays there, from the compiler what a step needs beside it."""
     found = argument_bytes(run)
-    rows = [(name, _gigabytes(size), "-") for name, size in found.items() if size]
     total = sum(found.values())
-    if compiled is None:
-        rows.append(("together, without temporaries", _gigabytes(total), "-"))
-    else:
+    rows = [(name, _gigabytes(size), "-") for name, size in found.items() if size]
+    rows.append(("arguments of the step, together", _gigabytes(total), "-" if compiled is None else _gigabytes(compiled.memory.arguments)))
+    if compiled is not None:
         memory = compiled.memory
-        rows += [("arguments of the step", _gigabytes(total), _gigabytes(memory.arguments))]
         parts = {"temporaries": memory.temporaries, "results not in their place": memory.results, "program": memory.code}
         rows += [(name, "-", _gigabytes(size)) for name, size in parts.items() if size >= 5e5]
         total = memory.total
-        rows.append(("together", "-", _gigabytes(total)))
+        rows.append(("all", "-", _gigabytes(total)))
     title = "Memory of a device (GB)"
     if chip is not None:
         usable = usable_memory(chip)
         default = f", {usable / 1e9:.1f} of them JAX's by default" if usable < chip.memory else ""
         title += f": {100 * total / usable:.1f} % of a {chip.name} with {chip.memory / 1e9:.1f} GB{default}"
-    return summary_table(rows, ("what", "by formula", "compiled"), title)
+    columns = ("what", "by formula", "compiled")
+    if compiled is None:  # temporaries are the compiler's to say
+        rows, columns, title = [row[:2] for row in rows], columns[:2], f"{title}, without temporaries"
+    return summary_table(rows, columns, title)
 
 
 def cost_table(run: Run, chip: Chip, best: Roofline, compiled: CompiledStep | None) -> Table:
@@ -156,7 +157,9 @@ def cycle_table(chip: Chip, program: Tally) -> Table:
     time = _milliseconds(total / chip.clock) if chip.clock else "-"
     rows.append(("all", f"{total / 1e6:.2f}", time, "100 %"))
     where = f"at {chip.clock / 1e9:g} GHz" if chip.clock else f"(the clock of {chip.name} is not published: no times)"
-    return summary_table(rows, ("part of the step", "M cycles", "ms", "share"), f"The compiler's own estimate, {where}; loops as often as they run")
+    return summary_table(
+        rows, ("part of the step", "M cycles", "ms", "share"), f"The compiler's own estimate, {where}; loops as often as they run"
+    )
 
 
 def kernel_table(run: Run, program: Tally | None = None) -> Table:
@@ -168,14 +171,15 @@ def kernel_table(run: Run, program: Tally | None = None) -> Table:
 
 def batch_line(run: Run, found: LargestBatch, chip: Chip) -> str:
     """The largest batch in words, with what was compiled for it."""
-    compiled = ", ".join(f"{rows} rows: {'does not fit' if size is None else f'{size / 1e9:.2f} GB'}" for rows, size in sorted(found.tried.items()))
+    sizes = {rows: "does not fit" if size is None else f"{size / 1e9:.2f} GB" for rows, size in sorted(found.tried.items())}
+    compiled = ", ".join(f"{rows} rows: {size}" for rows, size in sizes.items())
     if found.rows is None:
         return f"largest batch: not even one row fits ({compiled})"
+    pieces = run.config.training.micro_batches
     whole = run.config.training.batch_size // rows_per_device(run) * found.rows
-    micro = f" in {run.config.training.micro_batches} micro-batches" if run.config.training.micro_batches > 1 else ""
     return (
-        f"largest batch: {found.rows} rows a device fit into the {usable_memory(chip) / 1e9:.1f} GB of a {chip.name}, training.batch_size={whole}{micro} "
-        f"(a line through two sizes, then compiled; {compiled})"
+        f"largest batch: {found.rows} rows a device{' and micro-batch' if pieces > 1 else ''} fit the {usable_memory(chip) / 1e9:.1f} GB "
+        f"of a {chip.name}: training.batch_size={whole} (a line through two sizes, then compiled; {compiled})"
     )
 
 
@@ -185,13 +189,14 @@ def chips_table(run: Run) -> Table:
     rows = []
     for name in INSPECTED:
         chip = CHIPS[name]
-        best = roofline(run, chip)
+        best = roofline(run, chip, dtype="bfloat16")
         half = max(2 * best.compute, best.seconds)
         times = (_milliseconds(best.seconds), best.bound, _hours(hours(run, best.seconds)), _hours(hours(run, half)))
         rows.append((name, f"{100 * held / usable_memory(chip):.1f} %", *times))
     devices = math.prod(run.mesh.values())
-    columns = ("chip", "memory for weights and optimizer", "step at best (ms)", "bound by", "hours at best", "hours at half the peak")
-    return summary_table(rows, columns, f"On {devices} such device{'s' * (devices > 1)}, by formula; `jaxdistill plan` compiles the step")
+    columns = ("chip", "memory for weights, optimizer", "step at best (ms)", "bound by", "hours at best", "hours at half the peak")
+    title = f"On {devices} such device{'s' * (devices > 1)} in bfloat16, by formula; `jaxdistill plan` compiles the step"
+    return summary_table(rows, columns, title)
 
 
 def heading(run: Run, topology: Topology) -> str:

@@ -45,7 +45,7 @@ def parse_topology(name: str) -> Topology:
     if chip.platform == "tpu" and (found[2] is None or len(shape) != chip.dimensions or 0 in shape):
         raise InputError(f"--topology: {name!r}: a {chip.name} is a torus of {chip.dimensions} dimensions, as in {right}")
     if chip.platform == "tpu" and math.prod(shape) > 1 and (shape[0] % 2 or shape[1] % 2):
-        raise InputError(f"--topology: {name!r}: a host has 2 x 2 chips, so the first two sides are even, as in {right} (or 1 for one chip)")
+        raise InputError(f"--topology: {name!r}: a host has 2 x 2 chips, so the first two sides are even, as in {right}")
     return Topology(chip, shape)
 
 
