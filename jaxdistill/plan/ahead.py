@@ -71,10 +71,8 @@ def _cudnn_unprobed(device: jax.Device) -> Iterator[None]:
     """JAX asks the GPU here for its cuDNN and capability before it lowers to it; answers for `device` as `target_config` does."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    probes = {
-        "check_cudnn_version": lambda: 91200,
-        "check_compute_capability": lambda wanted: float(device.compute_capability) >= float(wanted),
-    }
+    capability = float(device.compute_capability)
+    probes = {"check_cudnn_version": lambda: 91200, "check_compute_capability": lambda wanted: capability >= float(wanted)}
     before = {name: getattr(cudnn, name) for name in probes}
     for name, answer in probes.items():
         setattr(cudnn, name, answer)

@@ -46,7 +46,7 @@ def test_names(name, told, devices, platform):
     ],
 )
 def test_refused(name, parts):
-    with pytest.raises(InputError, match="^--topology: ") as refused:
+    with pytest.raises(InputError, match=r"^--topology: ") as refused:
         parse_topology(name)
     for part in parts:
         assert part in str(refused.value)
