@@ -22,6 +22,7 @@ from jaxdistill.state import abstract_state, compile_step, read_of_teacher
 def stay_on_the_host(chip: Chip) -> None:
     """Before jax's first use: nothing is computed on an accelerator that may be here, and none is needed."""
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", None)  # a program for absent devices is written there and cannot be read back
     if chip.platform == "gpu":  # autotuning would run kernels
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from rich.console import Console
 
@@ -35,4 +36,5 @@ def plan_command(
         runs = tuple(run for run in runs if run.stage == stage)
     console = Console(width=None if sys.stdout.isatty() else 140)
     for run in runs:
-        console.print(show_plan(plan_run(run, target, compile_step=compile_step, search_batch=search_batch)))
+        tell = partial(print, file=sys.stderr, flush=True)
+        console.print(show_plan(plan_run(run, target, compile_step=compile_step, search_batch=search_batch, tell=tell)))

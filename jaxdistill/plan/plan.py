@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Group
@@ -37,8 +38,20 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def plan_run(run: Run, topology: Topology, *, compile_step: bool = True, search_batch: bool = True) -> Plan:
-    """Of a run that was resolved for the devices of this topology; compiles its step where the compiler is installed."""
+def plan_run(
+    run: Run,
+    topology: Topology,
+    *,
+    compile_step: bool = True,
+    search_batch: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Of a run that was resolved for the devices of this topology; compiles its step where the compiler is installed.
+
+    Args:
+      search_batch: also find the largest batch that fits, by compiling a few more sizes.
+      tell: gets a line before each compilation, which may take minutes.
+    """
     chip = topology.chip
     if not compile_step:
         return Plan(run, topology, roofline(run, chip), None, None, ("by formula alone, as asked for",), run.warnings)
@@ -50,6 +63,7 @@ def plan_run(run: Run, topology: Topology, *, compile_step: bool = True, search_
     notes, refused = [], {}
 
     def need(rows: int) -> float | None:
+        tell(f"compiling the step for {topology.name}, {rows} rows a device ...")
         try:
             steps[rows] = compile_run(with_rows(run, rows), devices)
         except DoesNotFitError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 from commands import command, finish
@@ -25,6 +26,9 @@ def no_compiler(monkeypatch):
     """As where neither extra is installed."""
     monkeypatch.setattr(topology, "find_spec", lambda name: None)
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    cache = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h200x8", "cuda13")])
@@ -79,7 +83,6 @@ def test_stages_one_after_the_other_or_one_of_them(cli, plan_fields, no_compiler
 
 def test_a_plan_of_a_compiled_step(planned, monkeypatch):
     """The whole of it with this machine's compiler in the place of a TPU's."""
-    import jax
     from rich.console import Console
 
     from jaxdistill.plan import parse_topology, plan
