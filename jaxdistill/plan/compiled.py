@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from jaxdistill.plan.ahead import compile_ahead
+from jaxdistill.plan.estimate import argument_bytes
 from jaxdistill.plan.program import Tally, tally
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import AXES
@@ -57,7 +58,9 @@ def compile_run(run: Run, devices: Sequence) -> CompiledStep:
     seconds = time.perf_counter() - start
     stats, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     results = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
-    memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, results, stats.generated_code_size_in_bytes)
+    # What the program does not read of its arguments is no argument of it, and stays on the devices all the same.
+    arguments = max(stats.argument_size_in_bytes, sum(argument_bytes(run).values()))
+    memory = Memory(arguments, stats.temp_size_in_bytes, results, stats.generated_code_size_in_bytes)
     return CompiledStep(memory, cost.get("bytes accessed"), tally(compiled.as_text()), seconds)
 
 

@@ -74,13 +74,13 @@ def cost_table(run: Run, chip: Chip, best: Roofline, compiled: CompiledStep | No
     if compiled is not None:
         sent, sent_source = compiled.program.sent, "collectives of the program"
         if compiled.accessed is not None:
-            traffic, memory_source = compiled.accessed, "compiler's bytes accessed; bodies of loops once"
+            traffic, memory_source = compiled.accessed, "compiler's bytes accessed: on-chip ones too, bodies of loops once"
     rows = [
         ("operations", f"{flops / tokens / 1e6:,.1f} M", f"{flops / 1e12:.3f} T", _milliseconds(best.compute), "by formula"),
         ("memory", f"{traffic / tokens / 1e6:,.3f} MB", f"{traffic / 1e9:.2f} GB", _milliseconds(best.memory), memory_source),
         ("interconnect", f"{sent / tokens / 1e6:,.4f} MB", f"{sent / 1e9:.3f} GB", _milliseconds(best.interconnect), sent_source),
     ]
-    title = f"Roofline of a {chip.name}: the step takes at least {_milliseconds(best.seconds)} ms, bound by {best.bound}"
+    title = f"Roofline of a {chip.name}: {_milliseconds(best.seconds)} ms a step, bound by {best.bound}"
     return summary_table(rows, ("limit", "a token", "a device and step", "ms", "source"), title)
 
 
@@ -94,7 +94,7 @@ def compiler_seconds(chip: Chip, program: Tally) -> float | None:
 
 def throughput_table(run: Run, chip: Chip, best: Roofline, compiled: CompiledStep | None) -> Table:
     """Tokens a second and hours of the run, at best and by the compiler's estimate (a GPU's: at half of the best)."""
-    estimates = {"roofline (nothing is faster)": best.seconds}
+    estimates = {"roofline": best.seconds}
     seconds = compiler_seconds(chip, compiled.program) if compiled else None
     if seconds is not None:
         estimates["compiler's cycles, then the collectives"] = seconds + best.interconnect
