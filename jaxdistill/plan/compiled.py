@@ -92,12 +92,13 @@ class LargestBatch:
 
 
 def largest_batch(need: Callable[[int], float | None], rows: int, capacity: float, *, attempts: int = 4) -> LargestBatch:
-    """The most rows that fit: a line through two sizes says which, and that one is compiled to be sure.
+    """The most rows that fit: a line through two sizes says how many, and so many are compiled to be sure.
 
     Args:
       need: rows -> bytes of one device, or None where they do not fit; called once for each size.
       rows: to begin with.
-      attempts: sizes to compile after the first two, each smaller than the last that did not fit.
+      attempts: sizes to compile after the first two. Each is at most 16 times what is known to fit, since a line through small
+        batches sees little of what grows; and smaller than what did not fit.
     """
     tried: dict[int, float | None] = {}
 
@@ -111,19 +112,23 @@ def largest_batch(need: Callable[[int], float | None], rows: int, capacity: floa
         small = max(small // 4, 1)
     if not fits(small):
         return LargestBatch(None, tried)
-    other = 2 * small if small == 1 else small // 2
-    fits(other)
-    if tried[other] is None:
-        return LargestBatch(small, tried)
-    slope = (tried[small] - tried[other]) / (small - other)
-    if slope <= 0:  # more rows, less memory: no line to follow
-        return LargestBatch(max(small, other), tried)
-    guess = _rounded(int(small + (capacity - tried[small]) / slope))
+    fits(2 * small if small == 1 else small // 2)
     for _ in range(attempts):
-        if guess <= small or fits(guess):
+        largest, refused = max(n for n in tried if fits(n)), min((n for n in tried if not fits(n)), default=None)
+        guess = _on_the_line(tried, capacity, farthest=16 * largest)
+        if refused is not None:  # one whose size is known bends the line; else a step back
+            guess = min(guess, _rounded(refused - 1 if tried[refused] is not None else refused * 15 // 16))
+        if guess <= largest or (fits(guess) and guess < 16 * largest):
             break
-        guess = _rounded(guess * 15 // 16)
-    return LargestBatch(max((n for n in tried if fits(n)), default=None), tried)
+    return LargestBatch(max(n for n in tried if fits(n)), tried)
+
+
+def _on_the_line(tried: dict[int, float | None], capacity: float, *, farthest: int) -> int:
+    """Where the line through the two largest sizes that were compiled meets the capacity, but no farther away."""
+    (few, low), (many, high) = sorted((n, size) for n, size in tried.items() if size is not None)[-2:]
+    if high <= low:  # what does not grow with the batch hides what does
+        return farthest
+    return min(_rounded(int(many + (capacity - high) * (many - few) / (high - low))), farthest)
 
 
 def _rounded(rows: int) -> int:

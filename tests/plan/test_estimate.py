@@ -93,6 +93,14 @@ def test_the_largest_batch():
     need, asked = compiler(limit=1000)
     assert largest_batch(need, 640, 1000).rows == 88  # the config's own does not fit
     assert asked[0] == 640 and 88 in asked
+    asked = []
+
+    def hidden(rows: int) -> float | None:  # what is alive at another time hides the activations of a small batch
+        asked.append(rows)
+        size = max(300.0, 10.0 * rows) + 100
+        return size if size <= 5000 else None
+
+    assert largest_batch(hidden, 16, 4000).rows == 384 and asked[:3] == [16, 8, 256]  # 390, in eights
     need, asked = compiler(limit=50)
     assert largest_batch(need, 4, 50).rows is None
     assert asked == [4, 1]
