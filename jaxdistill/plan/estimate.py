@@ -109,19 +109,18 @@ class Roofline:
         return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
 
 
-def roofline(run: Run, chip: Chip, *, traffic: float | None = None, sent: float | None = None, dtype: str | None = None) -> Roofline:
-    """At best, on one device.
+def roofline(run: Run, chip: Chip, *, sent: float | None = None, dtype: str | None = None) -> Roofline:
+    """At best, on one device: of its memory's traffic only what no program can do without.
 
     Args:
-      traffic, sent: bytes of a step through its memory and to other chips, where a compiled program says; default: by formula.
+      sent: bytes of a step to other chips, where a compiled program says; default: by formula.
       dtype: of the matrix products; default: the run's.
     """
     devices = math.prod(run.mesh.values())
     flops = sum(flops_per_token(run).values()) * tokens_per_step(run) / devices
-    moved = state_traffic(run) if traffic is None else traffic
     over = interconnect_traffic(run) if sent is None else sent
     peak = peak_flops(chip, dtype or run.config.training.precision)
-    return Roofline(flops / peak, moved / chip.bandwidth, over / chip.interconnect)
+    return Roofline(flops / peak, state_traffic(run) / chip.bandwidth, over / chip.interconnect)
 
 
 def hours(run: Run, seconds: float) -> float:

@@ -83,7 +83,7 @@ def plan_run(
             run, topology, roofline(run, chip), None, largest, (), (*run.warnings, f"{own} rows a device do not fit: {refused[own]}")
         )
     notes.append(f"compiled in {compiled.seconds:.0f} s" + (f", {len(steps) + len(refused)} sizes in all" if search_batch else ""))
-    best = roofline(run, chip, traffic=compiled.accessed, sent=compiled.program.sent)
+    best = roofline(run, chip, sent=compiled.program.sent)
     return Plan(run, topology, best, compiled, largest, tuple(notes), (*run.warnings, *_warnings(run, topology, compiled)))
 
 

@@ -68,19 +68,21 @@ def cost_table(run: Run, chip: Chip, best: Roofline, compiled: CompiledStep | No
     devices = math.prod(run.mesh.values())
     tokens = tokens_per_step(run) / devices
     flops = sum(flops_per_token(run).values()) * tokens
-    traffic, sent = state_traffic(run), interconnect_traffic(run)
-    memory_source = "weights and optimizer, by formula; activations come on top"
-    sent_source = "by formula, if nothing is resharded"
+    traffic, sent, sent_source = state_traffic(run), interconnect_traffic(run), "by formula, if nothing is resharded"
     if compiled is not None:
         sent, sent_source = compiled.program.sent, "collectives of the program"
-        if compiled.accessed is not None:
-            traffic, memory_source = compiled.accessed, "compiler's bytes accessed: on-chip ones too, bodies of loops once"
+    weights = "weights and optimizer, by formula; activations come on top"
     rows = [
         ("operations", f"{flops / tokens / 1e6:,.1f} M", f"{flops / 1e12:.3f} T", _milliseconds(best.compute), "by formula"),
-        ("memory", f"{traffic / tokens / 1e6:,.3f} MB", f"{traffic / 1e9:.2f} GB", _milliseconds(best.memory), memory_source),
+        ("memory", f"{traffic / tokens / 1e6:,.3f} MB", f"{traffic / 1e9:.2f} GB", _milliseconds(best.memory), weights),
         ("interconnect", f"{sent / tokens / 1e6:,.4f} MB", f"{sent / 1e9:.3f} GB", _milliseconds(best.interconnect), sent_source),
     ]
-    title = f"Roofline of a {chip.name}: {_milliseconds(best.seconds)} ms a step, bound by {best.bound}"
+    if compiled is not None and compiled.accessed is not None:
+        accessed = compiled.accessed
+        values = (f"{accessed / tokens / 1e6:,.3f} MB", f"{accessed / 1e9:.2f} GB", _milliseconds(accessed / chip.bandwidth))
+        source = "the compiler's count, on-chip copies too, bodies of loops once: no bound"
+        rows.append(("bytes accessed", *values, source))
+    title = f"Roofline of a {chip.name}: at least {_milliseconds(best.seconds)} ms a step, bound by {best.bound}"
     return summary_table(rows, ("limit", "a token", "a device and step", "ms", "source"), title)
 
 
@@ -94,7 +96,7 @@ def compiler_seconds(chip: Chip, program: Tally) -> float | None:
 
 def throughput_table(run: Run, chip: Chip, best: Roofline, compiled: CompiledStep | None) -> Table:
     """Tokens a second and hours of the run, at best and by the compiler's estimate (a GPU's: at half of the best)."""
-    estimates = {"roofline": best.seconds}
+    estimates = {"roofline (nothing is faster)": best.seconds}
     seconds = compiler_seconds(chip, compiled.program) if compiled else None
     if seconds is not None:
         estimates["compiler's cycles, then the collectives"] = seconds + best.interconnect
