@@ -62,24 +62,24 @@ def peak_flops(chip: Chip, dtype: str) -> float:
     return 2.0 * parts.count * parts.lanes * chip.clock
 
 
-def state_traffic(run: Run) -> int:
+def state_traffic(run: Run, held: dict[str, int] | None = None) -> int:
     """Bytes of one device's memory for parameters, optimizer and teacher in a step; activations come on top.
 
     Parameters are read forward and backward, gradients written and read, parameters and optimizer read and written by the
     update; the teacher is read once for each micro-batch and kind of text.
     """
-    found, micro = argument_bytes(run), run.config.training.micro_batches
+    found, micro = held or argument_bytes(run), run.config.training.micro_batches
     own, optimizer = found["students' parameters"], found["optimizer"]
     return (2 * micro + 4) * own + 2 * optimizer + micro * len(run.teacher_passes) * found["teacher"]
 
 
-def interconnect_traffic(run: Run) -> float:
+def interconnect_traffic(run: Run, held: dict[str, int] | None = None) -> float:
     """Bytes that one device sends in a step if nothing is resharded.
 
     Over data: the gradients' all-reduce. Over fsdp: parameters gathered forward and backward, gradients scattered, the teacher's
     gathered once. Over tensor: two all-reduces of a block's activations forward, two backward; the teacher's two.
     """
-    found, micro, mesh = argument_bytes(run), run.config.training.micro_batches, run.mesh
+    found, micro, mesh = held or argument_bytes(run), run.config.training.micro_batches, run.mesh
     own, teacher = found["students' parameters"], found["teacher"]
     data, fsdp, tensor = (mesh[axis] for axis in AXES)
     sent = 2 * own * (data - 1) / data
@@ -109,18 +109,20 @@ class Roofline:
         return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
 
 
-def roofline(run: Run, chip: Chip, *, sent: float | None = None, dtype: str | None = None) -> Roofline:
+def roofline(run: Run, chip: Chip, *, sent: float | None = None, dtype: str | None = None, held: dict[str, int] | None = None) -> Roofline:
     """At best, on one device: of its memory's traffic only what no program can do without.
 
     Args:
       sent: bytes of a step to other chips, where a compiled program says; default: by formula.
       dtype: of the matrix products; default: the run's.
+      held: its `argument_bytes`, where they are known already.
     """
     devices = math.prod(run.mesh.values())
     flops = sum(flops_per_token(run).values()) * tokens_per_step(run) / devices
-    over = interconnect_traffic(run) if sent is None else sent
+    held = held or argument_bytes(run)
+    over = interconnect_traffic(run, held) if sent is None else sent
     peak = peak_flops(chip, dtype or run.config.training.precision)
-    return Roofline(flops / peak, state_traffic(run) / chip.bandwidth, over / chip.interconnect)
+    return Roofline(flops / peak, state_traffic(run, held) / chip.bandwidth, over / chip.interconnect)
 
 
 def hours(run: Run, seconds: float) -> float:

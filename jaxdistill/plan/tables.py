@@ -187,14 +187,14 @@ def batch_line(run: Run, found: LargestBatch, chip: Chip) -> str:
 
 def chips_table(run: Run) -> Table:
     """The run on as many devices of common chips as its mesh has, at best: for `inspect`, where nothing is compiled."""
-    held = sum(argument_bytes(run).values())
+    held = argument_bytes(run)
     rows = []
     for name in INSPECTED:
         chip = CHIPS[name]
-        best = roofline(run, chip, dtype="bfloat16")
+        best = roofline(run, chip, dtype="bfloat16", held=held)
         half = max(2 * best.compute, best.seconds)
         times = (_milliseconds(best.seconds), best.bound, _hours(hours(run, best.seconds)), _hours(hours(run, half)))
-        rows.append((name, f"{100 * held / usable_memory(chip):.1f} %", *times))
+        rows.append((name, f"{100 * sum(held.values()) / usable_memory(chip):.1f} %", *times))
     devices = math.prod(run.mesh.values())
     columns = ("chip", "memory for weights, optimizer", "step at best (ms)", "bound by", "hours at best", "hours at half the peak")
     title = f"On {devices} such device{'s' * (devices > 1)} in bfloat16, by formula; `jaxdistill plan` compiles the step"
