@@ -14,7 +14,7 @@ from rich.text import Text
 from jaxdistill.features import deepest_layer
 from jaxdistill.models import EncoderConfig, init_params
 from jaxdistill.objective import initial_projections
-from jaxdistill.plan import chips_table, flops_per_token, memory_table, tokens_per_step
+from jaxdistill.plan import argument_bytes, chips_table, flops_per_token, memory_table, tokens_per_step
 from jaxdistill.report import summary_table
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import AXES, partition_spec
@@ -26,8 +26,9 @@ def inspection(run: Run) -> Group:
     """Everything that `jaxdistill inspect` prints after the resolved config."""
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in run.warnings]
     title = [Text(f"\nStage {run.stage}", style="bold")] if run.stage else []
-    tables = (parameter_table(run), layer_table(run), sharding_table(run), cost_table(run), memory_table(run), chips_table(run))
-    return Group(*title, *warnings, *tables)
+    tables = (parameter_table(run), layer_table(run), sharding_table(run), cost_table(run))
+    held = argument_bytes(run)
+    return Group(*title, *warnings, *tables, memory_table(run, held=held), chips_table(run, held))
 
 
 def _paths(tree) -> dict[str, tuple[int, ...]]:

@@ -40,9 +40,9 @@ def _hours(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
-def memory_table(run: Run, chip: Chip | None = None, compiled: CompiledStep | None = None) -> Table:
+def memory_table(run: Run, chip: Chip | None = None, compiled: CompiledStep | None = None, *, held: dict[str, int] | None = None) -> Table:
     """Bytes of one device: by formula what stays there, from the compiler what a step needs beside it."""
-    found = argument_bytes(run)
+    found = held or argument_bytes(run)
     total = sum(found.values())
     rows = [(name, _gigabytes(size), "-") for name, size in found.items() if size]
     rows.append(("arguments of the step, together", _gigabytes(total), "-" if compiled is None else _gigabytes(compiled.memory.arguments)))
@@ -185,9 +185,8 @@ def batch_line(run: Run, found: LargestBatch, chip: Chip) -> str:
     )
 
 
-def chips_table(run: Run) -> Table:
+def chips_table(run: Run, held: dict[str, int]) -> Table:
     """The run on as many devices of common chips as its mesh has, at best: for `inspect`, where nothing is compiled."""
-    held = argument_bytes(run)
     rows = []
     for name in INSPECTED:
         chip = CHIPS[name]
