@@ -97,6 +97,23 @@ def inspect(
         console.print(inspection(run))
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    topology: Annotated[str, typer.Option(help="v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1, h200x8, h100, a100x8, l4, ...")],
+    overrides: Overrides = None,
+    student: Only = None,
+    stage: Annotated[str | None, typer.Option(help="of a config with stages; default: every stage")] = None,
+    compile_step: Annotated[bool, typer.Option("--compile/--no-compile", help="compile the real step; else by formula alone")] = True,
+    search_batch: Annotated[bool, typer.Option("--largest-batch/--no-largest-batch", help="2 or more compilations in addition")] = True,
+) -> None:
+    """What a run needs and takes on devices that are not here: memory, collectives, time. Compiles the real step, writes nothing."""
+    from jaxdistill.plan.command import plan_command
+
+    config = _config(config, overrides)
+    plan_command(config, topology, students=student or [], stage=stage, compile_step=compile_step, search_batch=search_batch)
+
+
 Words = Annotated[list[str], typer.Argument(metavar="MODEL... [KEY=VALUE]...", help="folders, Hub ids, NAME=PATH, runs; or a YAML config")]
 
 

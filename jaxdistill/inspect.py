@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxdistill.features import deepest_layer
-from jaxdistill.flops import forward_flops_per_token, step_flops_per_token
-from jaxdistill.models import EncoderConfig, attention_kernel, init_params
+from jaxdistill.models import EncoderConfig, init_params
 from jaxdistill.objective import initial_projections
+from jaxdistill.plan import argument_bytes, chips_table, flops_per_token, kernel_table, memory_table, tokens_per_step
 from jaxdistill.report import summary_table
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import AXES, partition_spec
@@ -26,7 +26,9 @@ def inspection(run: Run) -> Group:
     """Everything that `jaxdistill inspect` prints after the resolved config."""
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in run.warnings]
     title = [Text(f"\nStage {run.stage}", style="bold")] if run.stage else []
-    return Group(*title, *warnings, parameter_table(run), layer_table(run), sharding_table(run), cost_table(run), attention_line(run))
+    tables = (parameter_table(run), layer_table(run), sharding_table(run), cost_table(run))
+    held = argument_bytes(run)
+    return Group(*title, *warnings, *tables, kernel_table(run), memory_table(run, held=held), chips_table(run, held))
 
 
 def _paths(tree) -> dict[str, tuple[int, ...]]:
@@ -86,14 +88,6 @@ def layer_table(run: Run) -> Table:
     return summary_table(rows, columns, f"Layer map; the teacher runs {depths}")
 
 
-def attention_line(run: Run) -> Text:
-    """Which attention each encoder takes in training, on the devices that the run was resolved for."""
-    settings, length = run.settings, run.config.data.sequence_length
-    encoders = [("teacher", run.teacher, False)] + [(s.name, s.config, s.config.attention_dropout > 0) for s in run.students]
-    names = [(name, attention_kernel(settings.kernels, config, settings.dtype, length, dropout=drops)) for name, config, drops in encoders]
-    return Text("attention: " + ", ".join(f"{name} {kernel}" for name, kernel in names))
-
-
 def sharding_table(run: Run) -> Table:
     """How what is trained lies on the mesh, students of one shape together; the optimizer state lies alike."""
     mesh = AbstractMesh(tuple(run.mesh[axis] for axis in AXES), AXES)
@@ -124,16 +118,10 @@ def _show(spec: PartitionSpec, mesh: AbstractMesh) -> str:
 
 
 def cost_table(run: Run) -> Table:
-    """Tokens and floating-point operations of a step and of the run, and the arrays that stay on the devices."""
-    config, length = run.config, run.config.data.sequence_length
-    tokens = config.training.batch_size * length
-    passes = run.teacher_passes
-    names = {name: f"teacher, {name} text" if len(passes) > 1 else "teacher" for name in passes}
-    costs = [(names[name], forward_flops_per_token(run.teacher, length, features)) for name, features in passes.items()]
-    costs += [(student.name, step_flops_per_token(student, length)) for student in run.students]
-    total = sum(cost for _, cost in costs)
-    rows = [(name, f"{cost / 1e6:.1f}", f"{cost * tokens / 1e12:.3f}", f"{100 * cost / total:.0f} %") for name, cost in costs]
+    """Tokens and floating-point operations of a step and of the run."""
+    tokens, costs, steps = tokens_per_step(run), flops_per_token(run), run.config.training.steps
+    total = sum(costs.values())
+    rows = [(name, f"{cost / 1e6:.1f}", f"{cost * tokens / 1e12:.3f}", f"{100 * cost / total:.0f} %") for name, cost in costs.items()]
     rows.append(("all", f"{total / 1e6:.1f}", f"{total * tokens / 1e12:.3f}", "100 %"))
-    steps = config.training.steps
     whole = f"{tokens:,} tokens a step, {tokens * steps:,} in {steps:,} steps, {total * tokens * steps / 1e12:,.4g} TFLOP"
     return summary_table(rows, ("part", "MFLOP a token", "TFLOP a step", "share"), f"Cost: {whole}")

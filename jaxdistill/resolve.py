@@ -13,8 +13,9 @@ from jaxdistill.config import CheckpointConfig, Config
 from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokenizer
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.features import Feature, deepest_layer
-from jaxdistill.kernels import Kernels, Platform, relations_kernel
-from jaxdistill.models import EncoderConfig, attention_kernel, find_model, load_config, not_fused, with_mlm_head
+from jaxdistill.implementations import check_attention, fuses_attention, relations_of, without_cudnn
+from jaxdistill.kernels import Kernels, Platform
+from jaxdistill.models import EncoderConfig, find_model, load_config, with_mlm_head
 from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
 from jaxdistill.parts import BoundTerm
@@ -96,9 +97,10 @@ def resolve_stages(config: Config, *, num_devices: int | None = None, platform: 
       InputError: one line that names the field and what would be right.
     """
     config = in_steps(_absolute_output(config))
-    old_gpu = platform is None and config.kernels.attention == "auto" and not fuses_attention(jax.devices()[0])
-    if old_gpu:
-        config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": "plain"})})
+    without: tuple[str, ...] = ()
+    if platform is None and not fuses_attention(jax.devices()[0]):
+        kernels, without = without_cudnn(config.kernels)
+        config = config.model_copy(update={"kernels": kernels})
     runs: list[Run] = []
     planned: dict[str, Model] = {}
     for stage in stages_of(config):
@@ -109,8 +111,7 @@ def resolve_stages(config: Config, *, num_devices: int | None = None, platform: 
             planned[str(folder)] = Model(folder, student.config, student.has_mlm_head, run.tokenizer_source)
     trained = {student.name for run in runs for student in run.students}
     idle = tuple(f"students.{name}: no stage trains it" for name in config.students if name not in trained)
-    idle += ("kernels.attention: plain, for cuDNN's needs an NVIDIA GPU of Ampere or newer (compute capability 8.0)",) if old_gpu else ()
-    runs[0] = replace(runs[0], warnings=runs[0].warnings + idle)
+    runs[0] = replace(runs[0], warnings=runs[0].warnings + idle + without)
     if len(runs) > 1:
         runs[-1] = replace(runs[-1], saved=_settled(config, platform or jax.default_backend()))
     return tuple(runs)
@@ -160,56 +161,15 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
     _check_inputs(config, students, stage.students)
     reads_logits = any(feature.kind == "logits" for features in teacher_reads(students).values() for feature in features)
     kernels = Kernels(platform, **config.kernels.model_dump())
-    warnings += _check_attention(kernels, config, teacher.config, students, stage.students)
     settings = StepSettings(
         teacher.config, config.training.precision, config.training.seed, config.data.packing,
         _masking(config, students, tokenizer), config.training.freeze_after, kernels, config.training.rematerialise,
     )  # fmt: skip
+    warnings += check_attention(settings, config, students, stage.students)
     for student in students:
         relations_of(student, settings, config, mesh)
     models = _folder(teacher, with_head=reads_logits), teacher.config, tokenizer_source, tokenizer
     return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
-
-
-def fuses_attention(device) -> bool:
-    """False for a GPU that cuDNN's fused attention does not run on: older than Ampere, or not NVIDIA's, whose kind is no number."""
-    try:
-        return device.platform != "gpu" or float(device.compute_capability) >= 8.0
-    except (AttributeError, ValueError):
-        return False
-
-
-def _check_attention(kernels: Kernels, config: Config, teacher: EncoderConfig, students: Sequence[Student], where: str) -> list[str]:
-    """A warning for each student that trains without the fused attention that its device has, for its dropout.
-
-    Raises:
-      InputError: a fused attention is forced where it cannot be.
-    """
-    warnings, forced = [], kernels.attention
-    job = config.training.precision, config.data.sequence_length
-    for place, encoder in [("teacher", teacher)] + [(f"{where}.{student.name}", student.config) for student in students]:
-        drops = place != "teacher" and encoder.attention_dropout > 0
-        if forced in ("cudnn", "splash") and (reason := not_fused(forced, kernels, encoder, *job, dropout=drops)):
-            raise InputError(f"kernels.attention: {place}: {reason}")
-        fused = attention_kernel(kernels, encoder, *job, dropout=False)
-        if fused != attention_kernel(kernels, encoder, *job, dropout=drops):
-            reason = not_fused(fused, kernels, encoder, *job, dropout=drops)
-            warnings.append(f"{place}: its attention is computed plainly, which is slower and takes more memory: {reason}")
-    return warnings
-
-
-def relations_of(student: Student, settings: StepSettings, config: Config, mesh: Mapping[str, int]) -> dict[str, str]:
-    """Term -> the implementation of its relation or attention KL.
-
-    Raises:
-      InputError: the one that kernels.relations forces cannot compute it.
-    """
-    names = {}
-    for term in (term for term in student.terms if term.relation_heads):
-        pieces = mesh["tensor"] if term.relation_heads % mesh["tensor"] == 0 else 1
-        heads, widths = term.relation_heads // pieces, (student.config.hidden_size // pieces, settings.teacher.hidden_size // pieces)
-        names[term.name] = relations_kernel(settings.kernels, config.data.sequence_length, *widths, heads, settings.dtype)
-    return names
 
 
 def _model(path_or_hub_id: str, planned: Mapping[str, Model], place: str) -> Model:

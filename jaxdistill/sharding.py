@@ -71,7 +71,7 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh)
     return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)))
 
 
-def tree_shardings(tree, mesh: Mesh):
+def tree_shardings(tree, mesh: Mesh | AbstractMesh):
     """A NamedSharding for every array of a tree (of arrays or ShapeDtypeStructs)."""
 
     def sharding(path, leaf):
@@ -80,7 +80,7 @@ def tree_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of a batch [A, B, S]: micro-batches one after the other, rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(None, LOGICAL_TO_MESH["batch"]))
 

@@ -51,7 +51,9 @@ def _empty_memory(run: Run, student: Student) -> dict:
     return {name: {"vectors": jnp.zeros((size, width), jnp.float32), "mask": jnp.zeros((size,), jnp.int32)} for name, size in banks.items()}
 
 
-def abstract_state(run: Run, teacher_params: dict, mesh: jax.sharding.Mesh, checkpoints: dict[str, dict] | None = None) -> TrainState:
+def abstract_state(
+    run: Run, teacher_params: dict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, checkpoints: dict[str, dict] | None = None
+) -> TrainState:
     """Shapes, dtypes and shardings of the state on this mesh."""
     shapes = jax.eval_shape(partial(initial_state, run), teacher_params, checkpoints)
     shardings = tree_shardings(shapes, mesh)

@@ -117,6 +117,7 @@ def teacher_reads(students: Sequence[Student]) -> dict[Input, frozenset[Feature]
     return reads
 
 
+@jax.named_scope("teacher")
 def teacher_features(settings: StepSettings, params: dict, seen: View, features: frozenset[Feature]) -> EncoderOutput:
     """The teacher as every loss sees it: deterministic, without gradient, only as deep as the deepest feature."""
     if not features:
@@ -145,7 +146,8 @@ def student_parts(
         kernels=settings.kernels, rematerialise=settings.rematerialise,
     )  # fmt: skip
     inputs = Inputs(seen.mask, seen.segment_ids, seen.labels, step, negatives or {}, seen.row_labels, settings.kernels)
-    return measure(student.terms, output, teacher, trained["projections"], inputs)
+    with jax.named_scope("losses"):
+        return measure(student.terms, output, teacher, trained["projections"], inputs)
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,7 @@ def _accumulate(gradients: Callable, trained: dict, batch: Batch, rows: jax.Arra
     return total, jax.tree.map(jnp.sum, parts)
 
 
+@jax.named_scope("update")
 def _update(settings: StepSettings, students: Sequence[Student], state: TrainState, gradients: dict, parts: dict, vectors: dict):
     updated, metrics = {}, {}
     for student in students:

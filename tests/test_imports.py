@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 FLOW = [
     ["errors", "shapes"], ["features", "layer_map", "row_keys"], ["config"], ["sharding", "stages"], ["losses"], ["kernels"], ["models"],
     ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"],
-    ["flops", "metrics", "progress", "runtime"], ["report"], ["resolve"], ["state", "batches"], ["checkpoint", "inspect"],
-    ["export", "agreement", "recorder", "plan"], ["distill", "latency", "lost", "finetune", "compare"], ["evaluate"],
+    ["flops", "metrics", "progress", "runtime"], ["report"], ["implementations"], ["resolve"], ["state", "batches"], ["checkpoint", "plan"],
+    ["export", "agreement", "recorder", "inspect"], ["distill", "latency", "lost", "finetune", "compare"], ["evaluate"],
     ["quickstart"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,25 +12,46 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.models import init_params
+from jaxdistill.plan.chips import Chip, target_config
+from jaxdistill.plan.topology import Topology
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import batch_sharding, create_mesh, tree_shardings
 from jaxdistill.state import abstract_state, compile_step, read_of_teacher
 
 
-def topology_devices(topology: str, target_config: Path | None = None) -> Sequence:
-    """The devices of a TPU topology (v5e:4x4) or, with the description of a GPU, of so many of it (1x1x8)."""
+def stay_on_the_host(chip: Chip) -> None:
+    """Before jax's first use: nothing is computed on an accelerator that may be here, and none is needed."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", None)  # a program for absent devices is written there and cannot be read back
+    if chip.platform == "gpu":  # autotuning would run kernels
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+
+
+def topology_devices(topology: str, target: Path | str | None = None, **options) -> Sequence:
+    """The devices of a TPU topology (v5e:4x4) or, with the description of a GPU (text or a file), of so many of it (1x1x8)."""
     from jax.experimental import topologies
 
-    if target_config is not None:
-        described = target_config.read_text(encoding="utf-8")
+    if target is not None:
+        described = target.read_text(encoding="utf-8") if isinstance(target, Path) else target
         return topologies.get_topology_desc(platform="cuda", topology=topology, target_config=described).devices
-    # libtpu asks the machine for what only a TPU's host can answer.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    # libtpu asks the machine for what only a TPU's host can answer, and locks itself against a second process.
+    host = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in (host | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
-def abstract_arguments(run: Run, mesh: jax.sharding.Mesh) -> tuple:
+def devices_of(topology: Topology) -> Sequence:
+    """Devices to compile for; the compiler for them must be installed (`missing_compiler`)."""
+    if topology.chip.platform == "gpu":
+        return topology_devices(f"1x1x{topology.num_devices}", target_config(topology.chip))
+    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    if topology.shape[:2] == (1, 1):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return topology_devices(topology.name, **options)
+
+
+def abstract_arguments(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> tuple:
     """State, teacher and batch of the step: shapes, dtypes and shardings."""
     heads = {"mlm": any(f.kind == "logits" for f in run.teacher_features), "classifier": bool(run.teacher.labels)}
     params = jax.eval_shape(partial(init_params, run.teacher, **heads), jax.random.key(0))
@@ -45,9 +67,27 @@ def abstract_arguments(run: Run, mesh: jax.sharding.Mesh) -> tuple:
     return abstract_state(run, params, mesh), teacher, batch
 
 
+@contextlib.contextmanager
+def _cudnn_unprobed(device: jax.Device) -> Iterator[None]:
+    """JAX asks the GPU here for its cuDNN and capability before it lowers to it; answers for `device` as `target_config` does."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    capability = float(device.compute_capability)
+    probes = {"check_cudnn_version": lambda: 91200, "check_compute_capability": lambda wanted: capability >= float(wanted)}
+    before = {name: getattr(cudnn, name) for name in probes}
+    for name, answer in probes.items():
+        setattr(cudnn, name, answer)
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            setattr(cudnn, name, own)
+
+
 def compile_ahead(run: Run, devices: Sequence) -> jax.stages.Compiled:
     """The step of a run that was resolved for as many devices of this platform."""
     mesh = create_mesh(run.config.mesh, devices)
     arguments = abstract_arguments(run, mesh)  # outside of the mesh, on which nothing can be run
-    with jax.set_mesh(mesh):
+    away = _cudnn_unprobed(devices[0]) if devices[0].platform == "gpu" else contextlib.nullcontext()
+    with jax.set_mesh(mesh), away:
         return compile_step(run, *arguments)

@@ -14,10 +14,10 @@ import pytest
 import jaxdistill
 from jaxdistill.config import load_config
 from jaxdistill.errors import InputError
-from jaxdistill.inspect import attention_line
+from jaxdistill.implementations import chosen, fuses_attention
 from jaxdistill.models import load_config as load_shape
 from jaxdistill.models import load_pretrained
-from jaxdistill.resolve import fuses_attention, resolve
+from jaxdistill.resolve import resolve
 from jaxdistill.sharding import create_mesh
 from jaxdistill.state import initial_state, place_teacher
 
@@ -117,12 +117,18 @@ def test_a_forced_kernel_and_a_students_dropout(ground, tmp_path, monkeypatch):
     assert run.settings.kernels.attention == "cudnn" and run.warnings == ()
 
 
-def test_inspect_says_which_attention_is_taken(ground, tmp_path, monkeypatch):
+def attention(run):
+    (field, said, names), *_ = chosen(run.settings, run.config, run.students, run.mesh)
+    assert (field, said) == ("attention", run.config.kernels.attention)
+    return names
+
+
+def test_which_attention_is_taken(ground, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxdistill.resolve.load_config", lambda folder: dataclasses.replace(load_shape(folder), num_heads=6))
-    assert attention_line(resolved(ground, tmp_path)).plain == "attention: teacher cudnn, small plain"
+    assert attention(resolved(ground, tmp_path)) == {"teacher": "cudnn", "small": "plain"}
     run = resolved(ground, tmp_path, training__attention_dropout=0.0)
-    assert attention_line(run).plain == "attention: teacher cudnn, small cudnn"
-    assert attention_line(resolved(ground, tmp_path, platform="cpu")).plain == "attention: teacher plain, small plain"
+    assert attention(run) == {"teacher": "cudnn", "small": "cudnn"}
+    assert attention(resolved(ground, tmp_path, platform="cpu")) == {"teacher": "plain", "small": "plain"}
 
 
 @pytest.mark.parametrize(
@@ -135,5 +141,5 @@ def test_gpus_that_are_too_old_for_fused_attention(ground, tmp_path, monkeypatch
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     run = resolve(load_config(ground.config(tmp_path / "run", training__attention_dropout=0.0)), num_devices=1)
     assert run.settings.kernels.attention == ("auto" if fused else "plain")
-    assert [warning for warning in run.warnings if warning.startswith("kernels.attention: plain")] == list(run.warnings)
-    assert len(run.warnings) == (not fused)
+    assert run.settings.kernels.relations == ("auto" if fused else "attend")
+    assert [warning[:25] for warning in run.warnings] == ([] if fused else ["kernels.attention: plain,", "kernels.relations: attend"])
