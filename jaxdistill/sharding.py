@@ -80,6 +80,15 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def keep_rows(x: jax.Array) -> jax.Array:
+    """[B, ...] split over its rows and nothing else. Without it, where parameters are split over fsdp, XLA may rather split the
+    width of hidden states and send them around than gather the weights."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(LOGICAL_TO_MESH["batch"]))
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of a batch [A, B, S]: micro-batches one after the other, rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(None, LOGICAL_TO_MESH["batch"]))

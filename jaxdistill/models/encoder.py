@@ -18,6 +18,7 @@ from jaxdistill.models.attention import Attention, attention
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Float, Int, Num
+from jaxdistill.sharding import keep_rows
 
 _PROJECTIONS = ("query", "key", "value")
 
@@ -101,7 +102,7 @@ class Embeddings(nnx.Module):
             x = x + self.token_type.embedding[None, :1].astype(jnp.float32)
         else:
             x = x + look_up(self.token_type, token_type_ids)
-        x = self.norm(x).astype(self.dtype)
+        x = keep_rows(self.norm(x).astype(self.dtype))
         return dropout.dropout(x, self.config.hidden_dropout) if dropout else x
 
     def _positions(self, input_ids, segment_ids) -> Float[Array, "_ S D"]:
@@ -137,7 +138,7 @@ class Block(nnx.Module):
     def _add_and_norm(self, x, update, norm, dropout: RowKeys | None):
         if dropout:
             update = dropout.dropout(update, self.config.hidden_dropout)
-        return norm(x + update).astype(self.dtype)
+        return keep_rows(norm(x + update).astype(self.dtype))
 
 
 class Encoder(nnx.Module):
