@@ -43,7 +43,8 @@ class Tally:
     cycles: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # op_name -> the compiler's estimate
     collectives: list[Collective] = field(default_factory=list)
     kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # custom call of an own kernel or a library -> runs
-    kernel_costs: list[tuple[float, float]] = field(default_factory=list)  # (operations, bytes) that kernels without cycles declare
+    # (operations, bytes, exponentials and the like) that kernels without cycles declare
+    kernel_costs: list[tuple[float, float, float]] = field(default_factory=list)
     silent_kernels: int = 0  # runs of kernels that have neither cycles nor a declared cost
     unknown_loops: int = 0  # whose bodies are counted once
 
@@ -53,7 +54,7 @@ class Tally:
         for name, runs in other.kernels.items():
             self.kernels[name] += runs * times
         self.collectives += [Collective(c.kind, c.arrays, c.group, c.op_name, c.times * times) for c in other.collectives]
-        self.kernel_costs += [(flops * times, size * times) for flops, size in other.kernel_costs]
+        self.kernel_costs += [tuple(number * times for number in cost) for cost in other.kernel_costs]
         self.silent_kernels += other.silent_kernels * times
         self.unknown_loops += other.unknown_loops
 
@@ -148,7 +149,7 @@ class _Reader:
             found.silent_kernels += 1
             return
         values = {key: float(value) for key, value in re.findall(r'"(\w+)":"?(\d+)', cost[1])}
-        found.kernel_costs.append((values.get("flops", 0.0), values.get("bytes_accessed", 0.0)))
+        found.kernel_costs.append(tuple(values.get(name, 0.0) for name in ("flops", "bytes_accessed", "transcendentals")))
 
 
 def group_size(attributes: str, num_devices: int) -> int:

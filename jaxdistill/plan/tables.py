@@ -90,7 +90,9 @@ def compiler_seconds(chip: Chip, program: Tally) -> float | None:
     """The compiler's cycles one after the other, and its kernels by the cost that they declare; None where it has none."""
     if not program.total_cycles or chip.clock is None or chip.platform != "tpu":
         return None
-    declared = sum(max(flops / chip.flops, size / chip.bandwidth) for flops, size in program.kernel_costs)
+    exponentials = chip.clock * 8 * 128  # a second: of one register each cycle
+    costs = program.kernel_costs
+    declared = sum(max(flops / chip.flops, size / chip.bandwidth, others / exponentials) for flops, size, others in costs)
     return program.total_cycles / chip.clock + declared
 
 
