@@ -169,7 +169,7 @@ def cycle_table(chip: Chip, program: Tally) -> Table:
 def kernel_table(run: Run, program: Tally | None = None) -> Table:
     """What `kernels` comes to, and the custom kernels that the program calls."""
     rows = [
-        (field, said, ", ".join(f"{name} {place}" for place, name in names.items()) or "not used")
+        (field, said, ", ".join(f"{place}: {name}" for place, name in names.items()) or "not used")
         for field, said, names in chosen(run.settings, run.config, run.students, run.mesh)
     ]
     rows += [(f"in the program: {name}", "-", f"{runs} times a step") for name, runs in (program.kernels if program else {}).items()]
