@@ -8,7 +8,7 @@ relations: BERT-base's shape, read at layer 11, to 6 x 768; R 48, bfloat16, no d
 matrices), what `kernels.relations: auto` picks, and the same step without them: the same encoders to the same layers, queries, keys
 and values still computed, compared number by number through DirectMiniLM's projections.
 vocabulary: XLM-R-base's shape with its MLM head to 6 x 768 by `output_kl`, every position counted.
-Teachers are folders without weights, written here: shapes are all that is read.
+Of the teacher, whose weights are random, no more than the shape is read.
 
 Time is the TPU compiler's own cycles, loops as often as they run, and beside it what own kernels declare (`pl.CostEstimate`: products,
 exponentials and bytes, the longest of the three), since the compiler counts nothing for them. That is a lower bound: units that wait
@@ -19,14 +19,11 @@ for one another are not in it. The schedule that LIBTPU_INIT_ARGS="--xla_jf_dump
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from synthetic import write_teacher
 
 from jaxdistill.config import load_config
 from jaxdistill.plan import parse_topology, stay_on_the_host
@@ -35,28 +32,19 @@ from jaxdistill.plan.compiled import DoesNotFitError, compile_run
 from jaxdistill.plan.tables import compiler_seconds
 from jaxdistill.resolve import resolve
 
-BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "hidden_act": "gelu"}
-BERT = BASE | {
-    "architectures": ["BertModel"], "model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12, "pad_token_id": 0,
-}  # fmt: skip
-XLMR = BASE | {
-    "architectures": ["XLMRobertaForMaskedLM"], "model_type": "xlm-roberta", "vocab_size": 250002, "max_position_embeddings": 514,
-    "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
 LAYER_11 = {"relation_heads": 48, "layer_map": {"strategy": "teacher_layer", "teacher_layer": 11}}
 
 
 @dataclass(frozen=True)
 class Job:
-    teacher: dict
+    teacher: str  # its shape, of `synthetic.py`
     forms: dict[str, tuple[dict, dict]]  # name -> (term, kernels)
     shapes: dict[str, tuple[tuple[int, int], ...]]  # kind of the devices -> rows x length of each
 
 
 JOBS = {
     "relations": Job(
-        BERT,
+        "bert-base",
         {
             "plain": ({"kind": "relation_kl"} | LAYER_11, {"relations": "plain"}),
             "auto": ({"kind": "relation_kl"} | LAYER_11, {}),
@@ -65,26 +53,11 @@ JOBS = {
         {"tpu": ((16, 512), (64, 128)), "gpu": ((32, 512), (128, 128))},
     ),
     "vocabulary": Job(
-        XLMR,
+        "xlmr-base",
         {"plain": ({"kind": "output_kl"}, {"logits": "plain"}), "auto": ({"kind": "output_kl"}, {})},
         {"tpu": ((32, 256),), "gpu": ((32, 256),)},
     ),
 }
-
-
-def write_teacher(folder: Path, shape: dict) -> None:
-    """A folder of this shape: config, a tokenizer of as many words, and of the weights no more than the name of a head."""
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if shape["pad_token_id"] else ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
-    words = [*special, *map(str, range(shape["vocab_size"] - len(special)))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | named
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-    heads = {"lm_head.bias": np.zeros(1, np.float32)} if "MaskedLM" in shape["architectures"][0] else {}
-    save_file(heads, folder / "model.safetensors")
 
 
 def row(job: Job, form: str, rows: int, length: int, layers: int, teacher: Path, topology, devices, overrides: list[str]) -> str:
@@ -130,7 +103,7 @@ def main() -> None:
     print("| rows x length | form | temporaries, GB | compiler's cycles, ms | own kernels declare, ms | compiled in s |")
     print("|---|---|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        write_teacher(Path(folder), job.teacher)
+        write_teacher(Path(folder), job.teacher, mlm=options.job == "vocabulary")
         for rows, length in shapes:
             for form in options.forms or job.forms:
                 print(row(job, form, rows, length, options.layers, Path(folder), topology, devices, options.overrides), flush=True)

@@ -70,6 +70,8 @@ def chosen(
         for place, encoder, drops in _encoders(settings, students)
     }
     relations = {f"{s.name}/{term}": name for s in students for term, name in relations_of(s, settings, config, mesh).items()}
+    squares = "plain" if settings.kernels.relations == "plain" else "head blocks" if settings.packing else "Gram matrices"
+    relations |= {f"{s.name}/{t.name}": squares for s in students for t in s.terms if t.kind in ("relation_mse", "attention_mse")}
     logits = "plain" if settings.kernels.logits == "plain" else "blocks"
     vocabulary = {f"{s.name}/{t.name}": logits for s in students for t in s.terms if t.kind in ("output_kl", "mlm_cross_entropy")}
     found = {"attention": attention, "relations": relations, "logits": vocabulary}

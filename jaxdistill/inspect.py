@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -28,7 +29,8 @@ def inspection(run: Run) -> Group:
     title = [Text(f"\nStage {run.stage}", style="bold")] if run.stage else []
     tables = (parameter_table(run), layer_table(run), sharding_table(run), cost_table(run))
     held = argument_bytes(run)
-    return Group(*title, *warnings, *tables, kernel_table(run), memory_table(run, held=held), chips_table(run, held))
+    in_bfloat16 = argument_bytes(replace(run, settings=replace(run.settings, dtype="bfloat16")))
+    return Group(*title, *warnings, *tables, kernel_table(run), memory_table(run, held=held), chips_table(run, in_bfloat16))
 
 
 def _paths(tree) -> dict[str, tuple[int, ...]]:

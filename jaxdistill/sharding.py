@@ -89,6 +89,16 @@ def keep_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(LOGICAL_TO_MESH["batch"]))
 
 
+def keep_vocabulary(table: jax.Array) -> jax.Array:
+    """A word table [V, D] split over `tensor` and nothing else while rows are looked up in it, so that neither the rows of other
+    devices nor a gradient of the whole table are made. Without a tensor axis as it lies."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = LOGICAL_TO_MESH["vocab"]
+    if mesh.empty or mesh.shape[axis] == 1 or table.shape[0] % mesh.shape[axis]:
+        return table
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(axis))
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of a batch [A, B, S]: micro-batches one after the other, rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(None, LOGICAL_TO_MESH["batch"]))

@@ -68,7 +68,8 @@ def mlm_cross_entropy(
     predicted = labels != -100
     inside = (labels >= 0) & (labels < student.bias.shape[0])
     total = _divergence(student, labels, predicted & inside, jnp.float32(1.0), kernels.platform)
-    return jnp.where(jnp.all(inside | ~predicted), total, jnp.nan), jnp.sum(predicted.astype(jnp.float32))
+    # A factor, not a selection: the gradient is NaN as well, and the update is skipped.
+    return total * jnp.where(jnp.all(inside | ~predicted), 1.0, jnp.nan), jnp.sum(predicted.astype(jnp.float32))
 
 
 class Blocks(NamedTuple):

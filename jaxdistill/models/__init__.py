@@ -68,14 +68,22 @@ def init_params(config: EncoderConfig, key: Key[Array, ""], *, pooler: bool = Fa
 
     `classifier`: for the labels of the config, with the pooler that BERT's reads.
     """
-
-    def init(kind, i):
-        module = kind(config, jnp.dtype("float32"), rngs=nnx.Rngs(params=jax.random.fold_in(key, i)))
-        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
     pooler = pooler or (classifier and config.family == "bert")
     heads = {"pooler": (Pooler, pooler), "mlm": (MLMHead, mlm), "classifier": (Classifier, classifier)}
-    return init(Encoder, 0) | {name: init(kind, i) for i, (name, (kind, wanted)) in enumerate(heads.items(), 1) if wanted}
+    wanted = {name: _initial(kind, config)(jax.random.fold_in(key, i)) for i, (name, (kind, own)) in enumerate(heads.items(), 1) if own}
+    return _initial(Encoder, config)(jax.random.fold_in(key, 0)) | wanted
+
+
+@lru_cache(maxsize=64)
+def _initial(kind: type[nnx.Module], config: EncoderConfig):
+    """Key -> parameters. A trace of its own, and one for all students of a shape: within one large trace NNX takes a time that grows
+    with the square of it (44 students: minutes)."""
+
+    def build(key):
+        module = kind(config, jnp.dtype("float32"), rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    return jax.jit(build)
 
 
 def num_parameters(config: EncoderConfig) -> int:

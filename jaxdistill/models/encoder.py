@@ -18,7 +18,7 @@ from jaxdistill.models.attention import Attention, attention
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Float, Int, Num
-from jaxdistill.sharding import keep_rows
+from jaxdistill.sharding import keep_rows, keep_vocabulary
 
 _PROJECTIONS = ("query", "key", "value")
 
@@ -81,7 +81,7 @@ def embed(num: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
 
 def look_up(table: nnx.Embed, ids: Int[Array, "B S"], scale: Float[Array, " V"] | None = None) -> Float[Array, "B S D"]:
     """Rows of the table in float32, whatever the products are in: the gradient of a frequent token is a sum of thousands."""
-    rows = jnp.take(table.embedding[...], ids, axis=0).astype(jnp.float32)
+    rows = jnp.take(keep_vocabulary(table.embedding[...]), ids, axis=0).astype(jnp.float32)
     return rows if scale is None else rows * jnp.take(scale, ids, axis=0)[..., None]
 
 

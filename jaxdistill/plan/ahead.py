@@ -17,6 +17,7 @@ from jaxdistill.plan.topology import Topology
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import batch_sharding, create_mesh, tree_shardings
 from jaxdistill.state import abstract_state, compile_step, read_of_teacher
+from jaxdistill.train_step import TrainState
 
 
 def stay_on_the_host(chip: Chip) -> None:
@@ -53,18 +54,32 @@ def devices_of(topology: Topology) -> Sequence:
 
 def abstract_arguments(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> tuple:
     """State, teacher and batch of the step: shapes, dtypes and shardings."""
+    return abstract_students(run, mesh), abstract_teacher(run, mesh), abstract_batch(run, mesh)
+
+
+def _teacher_params(run: Run) -> dict:
     heads = {"mlm": any(f.kind == "logits" for f in run.teacher_features), "classifier": bool(run.teacher.labels)}
-    params = jax.eval_shape(partial(init_params, run.teacher, **heads), jax.random.key(0))
-    read = jax.eval_shape(partial(read_of_teacher, run), params)
+    return jax.eval_shape(partial(init_params, run.teacher, **heads), jax.random.key(0))
+
+
+def abstract_students(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> TrainState:
+    return abstract_state(run, _teacher_params(run), mesh)
+
+
+def abstract_teacher(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict:
+    read = jax.eval_shape(partial(read_of_teacher, run), _teacher_params(run))
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    teacher = jax.tree.map(place, read, tree_shardings(read, mesh))
+    return jax.tree.map(place, read, tree_shardings(read, mesh))
+
+
+def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict:
     training, rows = run.config.training, batch_sharding(mesh)
     shape = (training.micro_batches, training.batch_size // training.micro_batches, run.config.data.sequence_length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in ("input_ids", "segment_ids")}
     if run.task:
         batch["token_type_ids"] = batch["input_ids"]
         batch["labels"] = jax.ShapeDtypeStruct(shape[:2], jnp.float32 if len(run.task.outputs) == 1 else jnp.int32, sharding=rows)
-    return abstract_state(run, params, mesh), teacher, batch
+    return batch
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def compile_run(run: Run, devices: Sequence) -> CompiledStep:
     try:
         compiled = compile_ahead(run, devices)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error).lower():  # fewer rows would not mend a kernel that is too large
             raise
         raise DoesNotFitError(_first_sentence(str(error))) from None
     seconds = time.perf_counter() - start

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import AbstractMesh
 
 from jaxdistill.features import deepest_layer
 from jaxdistill.flops import forward_flops_per_token, step_flops_per_token
-from jaxdistill.plan.ahead import abstract_arguments
+from jaxdistill.plan.ahead import abstract_batch, abstract_students, abstract_teacher
 from jaxdistill.plan.chips import Chip
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import AXES
+from jaxdistill.train_step import Student
 
 
 def flops_per_token(run: Run) -> dict[str, int]:
@@ -41,15 +43,27 @@ def abstract_mesh(run: Run) -> AbstractMesh:
 
 def argument_bytes(run: Run) -> dict[str, int]:
     """What stays on a device between steps, and the batch: name -> bytes of one device."""
-    state, teacher, batch = abstract_arguments(run, abstract_mesh(run))
-    students = state.students.values()
+    # Students that hold the same arrays are laid out once: a grid has a hundred.
+    alike: dict[tuple, list[Student]] = defaultdict(list)
+    for student in run.students:
+        alike[_arrays_of(student)].append(student)
+    few = replace(run, students=tuple(students[0] for students in alike.values()))
+    mesh = abstract_mesh(run)
+    state, teacher, batch = abstract_students(few, mesh), abstract_teacher(run, mesh), abstract_batch(run, mesh)
+    held = [(state.students[students[0].name], len(students)) for students in alike.values()]
     return {
-        "students' parameters": device_bytes([s.trained for s in students]),
-        "optimizer": device_bytes([s.optimizer for s in students]),
-        "memory banks": device_bytes([s.memory for s in students]),
+        "students' parameters": sum(number * device_bytes(s.trained) for s, number in held),
+        "optimizer": sum(number * device_bytes(s.optimizer) for s, number in held),
+        "memory banks": sum(number * device_bytes(s.memory) for s, number in held),
         "teacher": device_bytes(teacher),
-        "batch": device_bytes(batch) + device_bytes([state.step, [s.failures for s in students]]),
+        "batch": device_bytes(batch) + device_bytes(state.step) + sum(number * device_bytes(s.failures) for s, number in held),
     }
+
+
+def _arrays_of(student: Student) -> tuple:
+    """What the shapes of a student's state depend on; Adam's moments are as the parameters."""
+    terms = tuple((t.name, t.memory_bank, tuple((p.key, p.projections) for p in t.parts)) for t in student.terms)
+    return student.config, student.has_mlm_head, student.has_classifier, terms
 
 
 def peak_flops(chip: Chip, dtype: str) -> float:

@@ -95,7 +95,8 @@ def _warnings(run: Run, topology: Topology, compiled: CompiledStep) -> list[str]
         found.append(f"the step needs {needed / 1e9:.1f} GB, over the {usable / 1e9:.1f} GB that a {chip.name} gives it")
     state, teacher, _ = abstract_arguments(run, abstract_mesh(run))
     trained = [student.trained for student in state.students.values()]
-    found += resharded(program.collectives, parameter_shapes(trained, teacher), tensor=run.mesh["tensor"] > 1)
+    shapes = parameter_shapes(trained, teacher, length=run.config.data.sequence_length)
+    found += resharded(program.collectives, shapes, tensor=run.mesh["tensor"] > 1)
     if program.unknown_loops:
         found.append(f"{program.unknown_loops} loops of unknown length are counted once")
     if chip.platform == "tpu" and (silent := program.silent_kernels):

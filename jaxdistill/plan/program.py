@@ -45,6 +45,7 @@ class Tally:
     kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # custom call of an own kernel or a library -> runs
     # (operations, bytes, exponentials and the like) that kernels without cycles declare
     kernel_costs: list[tuple[float, float, float]] = field(default_factory=list)
+    instructions: int = 0
     silent_kernels: int = 0  # runs of kernels that have neither cycles nor a declared cost
     unknown_loops: int = 0  # whose bodies are counted once
 
@@ -55,6 +56,7 @@ class Tally:
             self.kernels[name] += runs * times
         self.collectives += [Collective(c.kind, c.arrays, c.group, c.op_name, c.times * times) for c in other.collectives]
         self.kernel_costs += [tuple(number * times for number in cost) for cost in other.kernel_costs]
+        self.instructions += other.instructions * times
         self.silent_kernels += other.silent_kernels * times
         self.unknown_loops += other.unknown_loops
 
@@ -68,7 +70,9 @@ class Tally:
 
 
 def tally(text: str) -> Tally:
-    """Reads `Compiled.as_text()`. Of a conditional the longer branch counts: the update, not the step that is skipped."""
+    """Reads `Compiled.as_text()`. Of a conditional the longer branch counts: the update, not the step that is skipped.
+
+    Longer by cycles, bytes sent, instructions, the first of these in which they differ."""
     module = read_module(text)
     return _Reader(module).computation(module.entry)
 
@@ -88,6 +92,7 @@ class _Reader:
         return self.done[name]
 
     def _count(self, i: Instruction, around: dict[str, Instruction], found: Tally) -> None:
+        found.instructions += 1
         if cycles := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
             found.cycles[i.op_name] += int(cycles[1])
         if i.opcode == "while":
@@ -96,7 +101,7 @@ class _Reader:
             found.add(self.computation(i.called("body")), 1 if times is None else times)
         elif i.opcode == "conditional":
             branches = [self.computation(name) for name in i.branches]
-            found.add(max(branches, key=lambda branch: (branch.total_cycles, branch.sent)))
+            found.add(max(branches, key=lambda branch: (branch.total_cycles, branch.sent, branch.instructions)))
         elif i.opcode == "fusion":
             self._fusion(i, found)
         elif i.opcode in _CALLS and (name := i.called(_CALLS[i.opcode])):

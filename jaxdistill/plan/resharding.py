@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 
 import jax
@@ -14,12 +15,18 @@ from jaxdistill.plan.program import Collective
 SMALL = 2**16  # bytes: below it a collective costs its latency alone
 
 
-def parameter_shapes(*trees) -> set[tuple[int, ...]]:
-    """Shapes that parameters (ShapeDtypeStructs with shardings) have on a device and on the way to being whole, sides sorted."""
+def parameter_shapes(*trees, length: int) -> set[tuple[int, ...]]:
+    """Shapes that parameters (ShapeDtypeStructs with shardings) have on a device and on the way to being whole, sides sorted.
+
+    Of a position table also the rows that are used, as many as a row has slots (`length`).
+    """
     found = set()
-    for leaf in jax.tree.leaves(trees):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
         shard = leaf.sharding.shard_shape(leaf.shape)
-        found |= {_sides(shape) for shape in product(*({own, whole} for own, whole in zip(shard, leaf.shape, strict=True)))}
+        shapes = {*product(*({own, whole} for own, whole in zip(shard, leaf.shape, strict=True)))}
+        if "position" in jax.tree_util.keystr(path):
+            shapes |= {(length, *shape[1:]) for shape in shapes}
+        found |= {_sides(shape) for shape in shapes}
     return found
 
 
@@ -35,8 +42,8 @@ def resharded(collectives: Iterable[Collective], parameters: set[tuple[int, ...]
     """
     found: dict[str, list[Collective]] = defaultdict(list)
     for collective in collectives:
-        if collective.group > 1 and not _explained(collective, parameters, tensor):
-            found[collective.kind].append(collective)
+        if collective.group > 1 and (unexplained := _unexplained(collective, parameters, tensor)):
+            found[collective.kind].append(replace(collective, arrays=unexplained))
     warnings = []
     for kind, unexplained in found.items():
         largest = max(unexplained, key=lambda c: c.sent)
@@ -51,13 +58,14 @@ def resharded(collectives: Iterable[Collective], parameters: set[tuple[int, ...]
     return warnings
 
 
-def _explained(collective: Collective, parameters: set[tuple[int, ...]], tensor: bool) -> bool:
-    large = [array for array in collective.arrays if array.bytes >= SMALL]
+def _unexplained(collective: Collective, parameters: set[tuple[int, ...]], tensor: bool) -> tuple[Array, ...]:
+    """Its arrays that nothing explains; one that is combined of several may hold parameters as well."""
+    large = tuple(array for array in collective.arrays if array.bytes >= SMALL)
     if collective.kind == "all-reduce" and tensor:
-        return True
+        return ()
     if collective.kind in ("all-to-all", "ragged-all-to-all", "collective-permute"):
-        return not large
-    return all(_is_parameter(array, parameters) for array in large)
+        return large
+    return tuple(array for array in large if not _is_parameter(array, parameters))
 
 
 def _is_parameter(array: Array, parameters: set[tuple[int, ...]]) -> bool:

@@ -82,7 +82,7 @@ def cost_table(run: Run, chip: Chip, best: Roofline, compiled: CompiledStep | No
         values = (f"{accessed / tokens / 1e6:,.3f} MB", f"{accessed / 1e9:.2f} GB", _milliseconds(accessed / chip.bandwidth))
         source = "the compiler's count, on-chip copies too, bodies of loops once: no bound"
         rows.append(("bytes accessed", *values, source))
-    title = f"Roofline of a {chip.name}: at least {_milliseconds(best.seconds)} ms a step, bound by {best.bound}"
+    title = f"Roofline of a {chip.name}: {_milliseconds(best.seconds)} ms a step, bound by {best.bound}"
     return summary_table(rows, ("limit", "a token", "a device and step", "ms", "source"), title)
 
 
@@ -98,12 +98,12 @@ def compiler_seconds(chip: Chip, program: Tally) -> float | None:
 
 def throughput_table(run: Run, chip: Chip, best: Roofline, compiled: CompiledStep | None) -> Table:
     """Tokens a second and hours of the run, at best and by the compiler's estimate (a GPU's: at half of the best)."""
-    estimates = {"roofline (nothing is faster)": best.seconds}
+    estimates = {"roofline": best.seconds}
     seconds = compiler_seconds(chip, compiled.program) if compiled else None
     if seconds is not None:
         estimates["compiler's cycles, then the collectives"] = seconds + best.interconnect
     else:
-        estimates["half of the peak rate"] = max(2 * best.compute, best.seconds)
+        estimates["half of the peak, or the roofline"] = max(2 * best.compute, best.seconds)
     devices, tokens = math.prod(run.mesh.values()), tokens_per_step(run)
     rows = []
     for name, step in estimates.items():
@@ -168,12 +168,18 @@ def cycle_table(chip: Chip, program: Tally) -> Table:
 
 def kernel_table(run: Run, program: Tally | None = None) -> Table:
     """What `kernels` comes to, and the custom kernels that the program calls."""
-    rows = [
-        (field, said, ", ".join(f"{place}: {name}" for place, name in names.items()) or "not used")
-        for field, said, names in chosen(run.settings, run.config, run.students, run.mesh)
-    ]
+    rows = [(field, said, _by_kernel(names)) for field, said, names in chosen(run.settings, run.config, run.students, run.mesh)]
     rows += [(f"in the program: {name}", "-", f"{runs} times a step") for name, runs in (program.kernels if program else {}).items()]
     return summary_table(rows, ("kernel", "config", "computed by"), f"Kernels on {run.settings.kernels.platform}")
+
+
+def _by_kernel(names: dict[str, str]) -> str:
+    """Kernel: who is computed by it; of many the first."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for who, kernel in names.items():
+        found[kernel].append(who)
+    few = {kernel: ", ".join(who[:4]) + (f" and {len(who) - 4} more" if len(who) > 4 else "") for kernel, who in found.items()}
+    return "; ".join(f"{kernel}: {who}" for kernel, who in few.items()) or "not used"
 
 
 def batch_line(run: Run, found: LargestBatch, chip: Chip) -> str:

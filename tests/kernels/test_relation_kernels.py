@@ -118,6 +118,24 @@ def test_half_precision_against_float64(name, scale):
     np.testing.assert_allclose(np.asarray(gradient[0], np.float64), reference, atol=2**-7 * np.abs(reference).max())
 
 
+def close_sides(noise: float):
+    """A student that is nearly its teacher, in bfloat16, and the exact gradient."""
+    teacher, other = make_vectors(2, 96, HEADS * 16, HEADS * 16)
+    student, teacher = (jnp.asarray(x, jnp.bfloat16) for x in (teacher + noise * other, teacher))
+    segments = make_segments([[96], [31, 40]], 96)
+    exact = [np.asarray(x, np.float64) for x in (student, teacher)]
+    return student, teacher, segments, gradient_by_loops(*exact, segments, HEADS)
+
+
+@pytest.mark.parametrize("name", ["blocks", *FAST])
+@pytest.mark.parametrize("noise", [0.1, 0.02])
+def test_a_close_student_in_half_precision(name, noise):
+    """Differences are taken before anything is rounded."""
+    student, teacher, segments, reference = close_sides(noise)
+    _, _, gradient = evaluate(by(name), (student,), (teacher,), (segments > 0).astype(np.int32), segments)
+    np.testing.assert_allclose(np.asarray(gradient[0], np.float64), reference, atol=2**-7 * np.abs(reference).max())
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_large_scores(name):
     """Peaks are taken off: scores in the hundreds, one key far above the others."""
@@ -177,6 +195,16 @@ def test_composition_for_cudnn(packed, cross, length, student_size, teacher_size
     kernel = lambda *args, **options: kernels.relation_kl(*args, kernels=Kernels("gpu", relations="cudnn"), **options)  # noqa: E731
     arrays = student, teacher, mask, segments if packed else None
     assert_equal(evaluate(kernel, *arrays), evaluate(losses.relation_kl, *arrays))
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.1, 0.02])
+def test_cudnn_and_a_close_student(noise, cudnn_replaced):
+    """cuDNN rounds its four outputs before their differences are taken: an error of the vectors' size, not of the gradient's."""
+    student, teacher, segments, reference = close_sides(noise)
+    kernel = lambda *args, **options: kernels.relation_kl(*args, kernels=Kernels("gpu", relations="cudnn"), **options)  # noqa: E731
+    _, _, gradient = evaluate(kernel, (student,), (teacher,), (segments > 0).astype(np.int32), segments)
+    rounding = 2**-8 * float(jnp.abs(student.astype(jnp.float32)).max()) * 16**-0.5
+    np.testing.assert_allclose(np.asarray(gradient[0], np.float64), reference, atol=4 * rounding)
 
 
 def test_cudnn_is_lowered_for_cuda(monkeypatch):

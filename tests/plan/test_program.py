@@ -184,7 +184,7 @@ def test_trip_counts_of_a_compiled_scan(length):
 def _collectives(run):
     compiled = compile_ahead(run, jax.devices())
     state, teacher, _ = abstract_arguments(run, abstract_mesh(run))
-    shapes = parameter_shapes([student.trained for student in state.students.values()], teacher)
+    shapes = parameter_shapes([student.trained for student in state.students.values()], teacher, length=run.config.data.sequence_length)
     found = tally(compiled.as_text())
     warnings = resharded(found.collectives, shapes, tensor=run.mesh["tensor"] > 1)
     return compiled, found, {c.kind for c in found.collectives if c.group > 1}, warnings
@@ -213,6 +213,24 @@ def test_memory_by_formula_is_what_the_compiled_step_takes(planned, mesh):
     assert ("all-gather" in kinds) == (run.mesh["fsdp"] > 1)
 
 
+def test_relations_add_no_memory(planned):
+    """Of the real step: what a run takes against the same step without relations, where the plain form's matrices are most of it."""
+    job = ("data.sequence_length=128", "objective.0.relation_heads=16")
+
+    def temporaries(*overrides):
+        return compile_ahead(planned(*job, *overrides, devices=1), jax.devices()[:1]).memory_analysis().temp_size_in_bytes
+
+    without = temporaries("objective=[{kind: direct_mse, relation_heads: 16}]")
+    assert temporaries() <= 1.05 * without
+    assert temporaries("kernels.relations=plain") > 3 * without
+
+
+def test_the_used_rows_of_a_position_table_are_a_parameters(planned):
+    state, _, _ = abstract_arguments(run := planned(), abstract_mesh(run))
+    trained = [student.trained for student in state.students.values()]
+    assert (32, 64) in parameter_shapes(trained, length=32) - parameter_shapes(trained, length=128)
+
+
 def test_warnings_name_what_is_laid_out_anew():
     parameters = {(64, 256), (16, 256), (128,)}
     weights = Collective("all-gather", (Array("f32", (256, 64)), Array("f32", (1, 256, 64))), 4, "")
@@ -225,5 +243,8 @@ def test_warnings_name_what_is_laid_out_anew():
     gathered, moved = resharded([weights, activations, exchanged], parameters, tensor=False)
     assert "3 all-gather" in gathered and "bf16[64,128,512]" in gathered and "jit(train_step)/teacher" in gathered and "18.9 MB" in gathered
     assert "1 all-to-all" in moved
+    both = Collective("all-reduce", (*weights.arrays, Array("bf16", (64, 128, 512))), 4, "")
+    (named,) = resharded([both], parameters, tensor=False)
+    assert "bf16[64,128,512]" in named and f"{1.5 * 64 * 128 * 512 * 2 / 1e6:.1f} MB" in named  # what is explained is not charged
     assert len(resharded([summed], parameters, tensor=False)) == 1
     assert resharded([summed], parameters, tensor=True) == []
