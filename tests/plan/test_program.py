@@ -84,7 +84,7 @@ def test_a_tpu_program_by_hand():
     assert loop.sent == 6 * 2 * (1 / 2) * 8 * 128 * 4
     assert (scatter.kind, scatter.group, scatter.times, scatter.bytes) == ("reduce-scatter", 4, 1, 64 * 64 * 2)
     assert scatter.sent == 3 / 4 * 64 * 64 * 2
-    assert dict(found.kernels) == {"tpu_custom_call": 1} and found.kernel_costs == [(1000.0, 500.0, 0.0)] and found.silent_kernels == 0
+    assert dict(found.kernels) == {"tpu_custom_call": 1} and found.kernel_costs == [(1000.0, 500.0, 7.0)] and found.silent_kernels == 0
 
 
 def test_a_loop_of_unknown_length_is_counted_once_and_told():
