@@ -61,8 +61,10 @@ def resharded(collectives: Iterable[Collective], parameters: set[tuple[int, ...]
 def _unexplained(collective: Collective, parameters: set[tuple[int, ...]], tensor: bool) -> tuple[Array, ...]:
     """Its arrays that nothing explains; one that is combined of several may hold parameters as well."""
     large = tuple(array for array in collective.arrays if array.bytes >= SMALL)
-    if collective.kind == "all-reduce" and tensor:
-        return ()
+    if collective.kind == "all-reduce":
+        if tensor:
+            return ()
+        large = tuple(array for array in large if len(array.dims) > 1)  # a GPU's compiler sums many gradients as one flat array
     if collective.kind in ("all-to-all", "ragged-all-to-all", "collective-permute"):
         return large
     return tuple(array for array in large if not _is_parameter(array, parameters))

@@ -247,4 +247,6 @@ def test_warnings_name_what_is_laid_out_anew():
     (named,) = resharded([both], parameters, tensor=False)
     assert "bf16[64,128,512]" in named and f"{1.5 * 64 * 128 * 512 * 2 / 1e6:.1f} MB" in named  # what is explained is not charged
     assert len(resharded([summed], parameters, tensor=False)) == 1
+    flat = Collective("all-reduce", (Array("bf16", (14_763_264,)),), 8, "")  # many gradients as one array
+    assert resharded([flat], parameters, tensor=False) == []
     assert resharded([summed], parameters, tensor=True) == []
