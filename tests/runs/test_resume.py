@@ -33,6 +33,8 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "run" / "export" / "small" / "model.safetensors")
 
 
+pytestmark = pytest.mark.long  # Orbax is the same whatever the jax; test_methods resumes too
+
 STEPS = {"training__steps": 40, "training__checkpoint_every": 3, "training__evaluate_every": 20}
 
 
