@@ -102,12 +102,12 @@ def test_attention_in_blocks_of_queries(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["blocks", *FAST])
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_half_precision_against_float64(name, scale):
+@pytest.mark.parametrize(("scale", "length", "size"), [(1.0, 96, 16), (4.0, 96, 16), (1.0, 1, 8), (1.0, 33, 12), (1.0, 200, 64)])
+def test_half_precision_against_float64(name, scale, length, size):
     """Of what the rounded vectors say: the value to 2^-7 of it, the gradient to 2^-7 of its largest number."""
-    student, teacher = (scale * x for x in make_vectors(2, 96, HEADS * 16, HEADS * 16))
+    student, teacher = (scale * x for x in make_vectors(2, length, HEADS * size, HEADS * 16))
     student, teacher = (jnp.asarray(x, jnp.bfloat16) for x in (student, teacher))
-    segments = make_segments([[96], [31, 40]], 96)
+    segments = make_segments([[length], [length // 3, length // 2]], length)
     exact = [np.asarray(x, np.float64) for x in (student, teacher)]
     value, count, gradient = evaluate(by(name), (student,), (teacher,), (segments > 0).astype(np.int32), segments)
     assert gradient.dtype == jnp.bfloat16
