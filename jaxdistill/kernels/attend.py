@@ -11,7 +11,8 @@ computes attention with memory linear in S computes relations with it.
 
 Value and gradient are differences of attention outputs. cuDNN returns these in half precision, so both carry the rounding of what is
 taken off: an error of about 2^-9 of the vectors themselves, however close the relations are. Of the largest gradient that was 0.6 %
-at a KL of 1.8 nats a query, 4 % at 0.01 and 26 % at 0.0004 (plain attention in bfloat16 in cuDNN's place). Attention in blocks of queries is computed in float32 for this.
+at a KL of 1.8 nats a query, 4 % at 0.01 and 26 % at 0.0004 (plain attention in bfloat16 in cuDNN's place).
+Attention in blocks of queries is computed in float32 for this.
 """
 
 from __future__ import annotations
