@@ -42,7 +42,7 @@ def random_batch(batch: int, length: int, config: EncoderConfig, rng: np.random.
 
 
 def _write_tokenizer(folder: Path, config: EncoderConfig) -> None:
-    from tokenizers import Tokenizer, models, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     if config.family == "bert":
         names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
@@ -52,6 +52,7 @@ def _write_tokenizer(folder: Path, config: EncoderConfig) -> None:
         order = list(names.values())
     vocabulary = [*order, *(f"piece{i}" for i in range(len(order), config.vocab_size))]
     backend = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token=names["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = [(names[kind], order.index(names[kind])) for kind in ("cls_token", "sep_token")]
     single = f"{names['cls_token']} $A {names['sep_token']}"
     backend.post_processor = processors.TemplateProcessing(single=single, pair=f"{single} $B {names['sep_token']}", special_tokens=ends)

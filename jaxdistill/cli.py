@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import inspect as reflection
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jaxdistill.errors import DivergedError, InputError
+from jaxdistill.ending import ended
+from jaxdistill.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -17,6 +20,38 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="fields to change, as in training.steps=1000")]
 Only = Annotated[list[str] | None, typer.Option("--student", help="distil these alone: a name or a pattern, may be given again")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="start anew in an output folder that holds a run")]
+
+Coordinator = Annotated[str | None, typer.Option(envvar="JAX_COORDINATOR_ADDRESS", help="HOST:PORT of process 0, where no cluster says it")]
+Processes = Annotated[int | None, typer.Option(envvar="JAX_NUM_PROCESSES", help="how many processes take part")]
+Process = Annotated[int | None, typer.Option(envvar="JAX_PROCESS_ID", help="number of this one, from 0")]
+Heartbeat = Annotated[float, typer.Option(envvar="JAXDISTILL_HEARTBEAT", help="seconds after which a silent process is lost")]
+JoinTimeout = Annotated[float, typer.Option(envvar="JAXDISTILL_JOIN_TIMEOUT", help="seconds to wait for the other processes")]
+
+
+def _joins(*, main_alone: bool = False) -> Callable[[Callable], Callable]:
+    """A command that several processes may run together (flags, or Cloud TPU, GKE, SLURM, Open MPI); with `main_alone` one does it."""
+
+    def join(coordinator: Coordinator = None, processes: Processes = None, process: Process = None,
+             heartbeat: Heartbeat = 60.0, join_timeout: JoinTimeout = 300.0) -> dict:  # fmt: skip
+        return {"coordinator": coordinator, "processes": processes, "process": process, "heartbeat": heartbeat, "timeout": join_timeout}
+
+    flags = [each.replace(kind=each.KEYWORD_ONLY) for each in reflection.signature(join, eval_str=True).parameters.values()]
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def together(*args, **options) -> None:
+            from jaxdistill import processes
+
+            with processes.joined(**join(**{flag.name: options.pop(flag.name) for flag in flags})):
+                work = functools.partial(command, *args, **options)
+                processes.only_on_main(work) if main_alone else work()
+
+        signature = reflection.signature(command, eval_str=True)
+        together.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *flags])
+        together.__annotations__ = {name: each.annotation for name, each in together.__signature__.parameters.items()}
+        return together
+
+    return decorate
 
 
 def _config(config: str, overrides: list[str] | None):
@@ -26,6 +61,7 @@ def _config(config: str, overrides: list[str] | None):
 
 
 @app.command()
+@_joins()
 def quickstart(
     teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: all-MiniLM-L6-v2")] = None,
     text: Annotated[str | None, typer.Option(help="text, jsonl, parquet: file, folder or glob; default: the sample that ships")] = None,
@@ -46,6 +82,7 @@ def quickstart(
 
 
 @app.command()
+@_joins()
 def distill(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False, student: Only = None) -> None:
     """Distil the students of a config; goes on with a run that was interrupted."""
     from jaxdistill.distill import distill as run
@@ -54,28 +91,42 @@ def distill(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrit
 
 
 @app.command()
-def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+@_joins()
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="check a store that is there by its hashes; make what is damaged again")] = False,
+) -> None:
     """Make the token store of a config, or find that it is there already."""
-    from jaxdistill.data import prepare as make
-    from jaxdistill.progress import preparing
+    from jaxdistill import processes
+    from jaxdistill.inspect import language_table
     from jaxdistill.report import print_table, summary_table
     from jaxdistill.resolve import resolve
+    from jaxdistill.text import prepare_text
 
     run = resolve(_config(config, [*(overrides or []), "mesh={}"]), num_devices=1)
     if run.task:
         raise InputError("data.task: a task is read when the run starts, there is nothing to prepare")
-    with preparing("Preparing text") as progress:
-        store = make(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=progress)
-    columns = ("source", "documents", "held out", "tokens", "rows", "skipped", "invalid UTF-8")
+    if run.config.data.streaming:
+        raise InputError("data.streaming: the text is read while the run goes on, there is nothing to prepare")
+    store = prepare_text(run, None, verify=verify)
+    if not processes.is_main():
+        return
+    left_out = {"skipped": "skipped", "invalid_utf8": "invalid UTF-8", "duplicates": "duplicates"}
+    columns = ("source", "documents", "held out", "tokens", "rows", *left_out.values())
     rows = []
     for source in store.manifest["sources"]:
         counts = [f"{sum(source[what].values()):,}" for what in ("tokens", "rows")]
         documents = (f"{sum(source['documents'].values()):,}", f"{source['documents']['held_out']:,}")
-        rows.append((source["source"], *documents, *counts, source["skipped"], source["invalid_utf8"]))
+        name = f"{source['source']} ({source['language']})" if source["language"] else source["source"]
+        rows.append((name, *documents, *counts, *(f"{source[what]:,}" for what in left_out)))
     print_table(summary_table(rows, columns, f"Token store {store.folder}"))
+    if run.settings.languages:
+        print_table(language_table(run, store))
 
 
 @app.command()
+@_joins(main_alone=True)
 def inspect(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -118,6 +169,7 @@ Words = Annotated[list[str], typer.Argument(metavar="MODEL... [KEY=VALUE]...", h
 
 
 @app.command()
+@_joins(main_alone=True)
 def finetune(words: Words, overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a model that is there")] = False) -> None:
     """Fine-tune one model on one task and write it for AutoModelForSequenceClassification.
 
@@ -132,6 +184,7 @@ def finetune(words: Words, overwrite: Annotated[bool, typer.Option("--overwrite"
 
 
 @app.command()
+@_joins(main_alone=True)
 def evaluate(
     words: Words, overwrite: Annotated[bool, typer.Option("--overwrite", help="forget the scores that are there")] = False
 ) -> None:
@@ -148,22 +201,33 @@ def evaluate(
 
 
 @app.command()
+@_joins()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run")],
     student: Annotated[str | None, typer.Option(help="its name; default: every student")] = None,
     step: Annotated[int | None, typer.Option(help="checkpoint to take; default: the newest")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     to: Annotated[str | None, typer.Option(help="folder to write <student>/ into; default: RUN/export")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that is there")] = False,
+    push: Annotated[str | None, typer.Option(help="user/name on the Hub; of several students user/name-<student>")] = None,
+    public: Annotated[bool, typer.Option("--public", help="a repository that all can see; default: a private one")] = False,
+    revision: Annotated[str, typer.Option(help="branch to push to")] = "main",
+    licence: Annotated[str | None, typer.Option("--license", help="as apache-2.0; default: the teacher's")] = None,
+    results: Annotated[str, typer.Option(help="folder where the scores of the card are looked up")] = "results",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the files and the card; write and upload nothing")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder or a foreign repository that is there")] = False,
 ) -> None:
-    """Write students of a run as folders that transformers loads."""
-    from jaxdistill.export import export_checkpoint
+    """Write students of a run as folders that transformers loads, with a model card; --push puts them on the Hub."""
+    from jaxdistill.publish import Push, export_command
 
-    for folder in export_checkpoint(Path(run), student=student, step=step, dtype=dtype, to=to and Path(to), overwrite=overwrite):
-        print(folder)
+    if not push and (public or revision != "main"):
+        raise InputError(f"{'--public' if public else '--revision'}: means nothing without --push user/name")
+    to_hub = push and Push(push, public=public, revision=revision)
+    more = {"licence": licence, "results": Path(results), "dry_run": dry_run, "overwrite": overwrite}
+    export_command(Path(run), student=student, step=step, dtype=dtype, to=to and Path(to), push=to_hub, **more)
 
 
 @app.command()
+@_joins(main_alone=True)
 def compare(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="results (folder or file), a run, a model folder, udagawa2023[:3L], wang2023")
@@ -186,6 +250,7 @@ def compare(
 
 
 @app.command()
+@_joins(main_alone=True)
 def latency(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="folder, Hub id, NAME=either, or a run: all its students")],
     batch_size: Annotated[list[int] | None, typer.Option(help="may be given again; default: 1 and 32")] = None,
@@ -203,6 +268,7 @@ def latency(
 
 
 @app.command()
+@_joins(main_alone=True)
 def lost(
     student: Annotated[str, typer.Argument(metavar="STUDENT|RUN", help="folder, Hub id, NAME=either, or a run: all its students")],
     teacher: Annotated[str | None, typer.Option(help="model folder or Hub id; default: the run's")] = None,
@@ -237,29 +303,8 @@ def _options(
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 the input is wrong (one line on stderr), 130 interrupted, 1 anything else."""
-    try:
-        app()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except BrokenPipeError:
-        # The reader of a pipe (head) has gone: nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        newest = "goes on from the newest checkpoint"
-        goes_on = {"distill": newest, "quickstart": newest, "evaluate": "goes on with what is not done"}
-        print(f"interrupted; the same command {goes_on.get(sys.argv[1], 'begins anew')}", file=sys.stderr)
-        raise SystemExit(130) from None
+    """The command line; see `ending.py` for its exit codes."""
+    ended(app)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ text -> batch -> teacher features -> every student's losses -> one update each -
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,39 +17,45 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import runtime
+from jaxdistill import processes, runtime
 from jaxdistill.batches import evaluation_batches, training_batches
 from jaxdistill.checkpoint import (
     Checkpoints,
-    begin_output,
+    Position,
     check_output,
     check_teacher,
-    hold_output,
     newest_record,
+    position_of,
     run_identity,
     run_record,
 )
 from jaxdistill.config import Config, load_config, select_students
-from jaxdistill.data import RowSource, prepare
-from jaxdistill.errors import DivergedError, InputError
+from jaxdistill.data import RowSource
+from jaxdistill.diverged import roll_back
+from jaxdistill.errors import DivergedError, InputError, writing
 from jaxdistill.export import export_run
 from jaxdistill.features import deepest_layer
+from jaxdistill.hosts import check_same, check_same_teacher, held, open_output
 from jaxdistill.metrics import read_history
 from jaxdistill.models import EncoderConfig, load_pretrained, num_parameters
-from jaxdistill.progress import Progress, choose_progress, preparing
+from jaxdistill.preemption import between_steps, stoppable, stopped
+from jaxdistill.processes import is_main
+from jaxdistill.progress import Progress, choose_progress
 from jaxdistill.recorder import Recorder
 from jaxdistill.report import SUMMARY_COLUMNS, markdown_table, plot_losses, print_table, summary_row, summary_table
 from jaxdistill.resolve import Run, resolve_stages
-from jaxdistill.sharding import create_mesh
+from jaxdistill.revisions import as_begun
+from jaxdistill.sharding import create_mesh, on_host
 from jaxdistill.state import abstract_state, compile_step, initial_state, place_teacher
 from jaxdistill.students import describe_initialisation, own_head, projected_embeddings
-from jaxdistill.tasks import open_task
-from jaxdistill.train_step import Student, TrainState, evaluation_step
+from jaxdistill.text import prepare_text
+from jaxdistill.train_step import evaluation_step
+from jaxdistill.update import Student, TrainState
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a run leaves: each student's encoder config and parameters, the logged records, the folders."""
+    """What a run leaves: each student's encoder config and parameters, the logged records, the folders; the same in every process."""
 
     students: dict[str, tuple[EncoderConfig, dict]]
     history: list[dict[str, Any]]
@@ -76,27 +83,37 @@ def distill(
 
     Raises:
       InputError: the input is wrong; one line that says what, where and what would be right. Nothing is half-written.
-      DivergedError: no student is left to train: the gradients of all were not finite, many times in a row.
+      DivergedError: no student is left to train, and going back to a good checkpoint did not help.
+      PreemptedError: SIGTERM; the same call goes on. Ctrl-C too stops between two steps, after a checkpoint.
     """
     runtime.configure()
-    config = select_students(load_config(config, overrides, **fields), only)
-    runs = resolve_stages(config)
-    if jax.process_count() > 1:
-        raise InputError("several processes: not supported yet; one process drives all the devices of its machine")
-    if runs[-1].config.training.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("training.wandb: wandb is not installed: pip install 'jaxdistill[wandb]'")
-    last = runs[-1]
-    goes_on = check_output(last.saved, overwrite=overwrite)
+    with processes.together():
+        config = select_students(load_config(config, overrides, **fields), only)
+        processes.check_joined()
+        if not overwrite:
+            config = as_begun(config)
+        runs = resolve_stages(config)
+        if runs[-1].config.training.wandb and importlib.util.find_spec("wandb") is None:
+            raise InputError("training.wandb: wandb is not installed: pip install 'jaxdistill[wandb]'")
+    check_same(runs)
+    last, goes_on = runs[-1], False
+    with processes.together():
+        if processes.is_main():
+            goes_on = check_output(last.saved, overwrite=overwrite)
+    goes_on = processes.from_main(goes_on)
     lost: set[Path] = set()  # exports of students that diverged
-    with hold_output(last.config):
+    with stoppable(), held(last.config):
+        processes.check_shared(last.output)
         for run in runs[:-1]:
             # The whole run's folder first, so that it is one to go on with whatever stops the stage.
             prepare_text(run, newest_record(run.config) if goes_on else None)
-            begin_output(last.saved, goes_on=goes_on)
-            goes_on = True
-            stage_goes_on = check_output(run.saved, overwrite=False)
-            with hold_output(run.config):
-                done = distill_stage(without_lost(run, lost), goes_on=stage_goes_on)
+            open_output(last, goes_on=goes_on)
+            goes_on, stage_goes_on = True, False
+            with processes.together():
+                if processes.is_main():
+                    stage_goes_on = check_output(run.saved, overwrite=False)
+            with held(run.config):
+                done = distill_stage(without_lost(run, lost), goes_on=processes.from_main(stage_goes_on))
             lost |= {done.exports[name] for name in done.frozen}
         return distill_stage(without_lost(last, lost), goes_on=goes_on)
 
@@ -121,36 +138,29 @@ def without_lost(run: Run, lost: set[Path]) -> Run:
 
 def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
     """One run, in an output folder that is checked and held."""
-    _, teacher_params = load_pretrained(run.teacher_folder)
+    with processes.together():
+        _, teacher_params = load_pretrained(run.teacher_folder)
+    check_same_teacher(run)
     record = newest_record(run.config) if goes_on else None
     if record:
         check_teacher(run, record["identity"])
     store = prepare_text(run, record)
-    begin_output(run.saved, goes_on=goes_on)
+    open_output(run, goes_on=goes_on)
     mesh = create_mesh(run.config.mesh)
     title = f"Stage {run.stage}" if run.stage else "Distilling"
-    with jax.set_mesh(mesh), choose_progress(run.config.training.steps, title, is_main=True) as progress:
+    with jax.set_mesh(mesh), choose_progress(run.config.training.steps, title, is_main=processes.is_main()) as progress:
         for line in describe(run, teacher_params, goes_on=record is not None):
             progress.say(line)
         state, frozen = train(run, store, mesh, teacher_params, progress)
-    params = {name: jax.tree.map(np.asarray, jax.device_get(s.trained["params"])) for name, s in state.students.items()}
+        params = {name: on_host(student.trained["params"], mesh) for name, student in state.students.items()}
     complete = record is not None and record["step"] == run.config.training.steps
-    exports = export_run(run, params, teacher_params, keep=complete)
-    history = read_history(run.output)
-    report_run(run, history, exports, frozen)
-    return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, history, exports, run.output, frozen)
-
-
-def prepare_text(run: Run, record: dict | None) -> RowSource:
-    """The run's rows: those that it began with, if `record` names them. A token store is made if it is not there."""
-    expected, data = record and record["identity"]["data"], run.config.data
-    if data.task:
-        rows = open_task(data.task, tokenizer=run.tokenizer, family=run.teacher.family, sequence_length=data.sequence_length)
-        if expected not in (None, rows.fingerprint):
-            raise InputError(f"data.task: its rows or the tokenizer changed since the run in {run.output} began; --overwrite begins anew")
-        return rows
-    with preparing("Preparing text") as report:
-        return prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report, expected=expected)
+    exports = {student.name: run.output / "export" / student.name for student in run.students}
+    with processes.together():
+        if processes.is_main():
+            export_run(run, params, teacher_params, keep=complete)
+            with writing("output", run.output):
+                report_run(run, read_history(run.output), exports, frozen)
+    return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, read_history(run.output), exports, run.output, frozen)
 
 
 def train(run: Run, store: RowSource, mesh: jax.sharding.Mesh, teacher_params: dict, progress: Progress) -> tuple[TrainState, dict]:
@@ -162,54 +172,86 @@ def train(run: Run, store: RowSource, mesh: jax.sharding.Mesh, teacher_params: d
     training, identity = run.config.training, run_identity(run, store)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.output / "checkpoints", keep=training.keep_checkpoints))
-        state, start, tokens = begin(run, checkpoints, mesh, teacher_params)
-        if start == training.steps:
-            progress.say(f"the run is complete: step {start}")
-            return state, frozen_students(run, state, start)
-        if start:
-            progress.say(f"going on from step {start}")
-        recorder = stack.enter_context(Recorder(run, start, tokens, progress, jax.process_index() == 0))
+        restart = partial(begin, run, checkpoints, mesh, teacher_params, progress.say)
+        state, at = restart()
+        step, due = at.step, False
+        if step == training.steps:
+            progress.say(f"the run is complete: step {step}")
+            return state, frozen_students(run, state, step)
+        if step:
+            progress.say(f"going on from step {step}")
+        recorder = stack.enter_context(Recorder(run, at, progress, is_main()))
         teacher = place_teacher(run, teacher_params, mesh)
         evaluate = partial(evaluate_held_out, jax.jit(partial(evaluation_step, run.settings, run.students)), run, store, mesh, teacher)
-        if not start:
+        if not step:
             recorder.evaluated(0, evaluate(state, 0))
-        step_fn = None
-        for step, batch in enumerate(training_batches(run, store, mesh, start), start + 1):
-            if step_fn is None:
-                if len(run.students) > 1:
-                    progress.say(f"compiling the step of {len(run.students)} students")  # grows with their number
-                step_fn = compile_step(run, state, teacher, batch)
+        step_fn, batches = compile_first(run, state, teacher, training_batches(run, store, mesh, step, at.offset), progress)
+        asked_to_stop = stack.enter_context(between_steps())
+        while step < training.steps:
+            step, batch = step + 1, next(batches)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, teacher, batch)
             recorder.add(step, metrics)
             last, held_out = step == training.steps, None
+            if recorder.diverged(wait=last):
+                state = None  # makes room for the one that is read
+                state, at = roll_back(run, store, checkpoints, recorder, step, restart, progress)
+                step, batches = at.step, training_batches(run, store, mesh, at.step, at.offset)
+                if not step:
+                    recorder.evaluated(0, evaluate(state, 0))
+                continue
+            stopping = asked_to_stop(step)
+            save = partial(save_checkpoint, run, checkpoints, recorder, identity)
+            if stopping:  # first of all: little time may be left
+                save(step, state)
             if step % training.evaluate_every == 0 or last:
                 with recorder.paused():
                     held_out = evaluate(state, step)
-            if held_out or step % training.log_every == 0 or last:
+            if held_out or step % training.log_every == 0 or last or stopping:
                 recorder.log(step, held_out)
-                if len(recorder.frozen) == len(run.students):
-                    raise DivergedError(
-                        f"step {step}: every student has diverged (no finite gradient for {training.freeze_after} steps); begin anew "
-                        f"with a lower learning rate, --overwrite"
-                    )
             # After the log: going on from a checkpoint drops the records that come after it.
-            if step % training.checkpoint_every == 0 or last:
-                with recorder.paused():
-                    checkpoints.save(step, state, run_record(run, identity, step, recorder.tokens()))
+            due = due or step % training.checkpoint_every == 0
+            if due or last:
+                due = not save(step, state, always=last)
+            if stopping:
+                checkpoints.wait()
+                raise stopped(f"stopped at step {step}; the same command goes on from step {checkpoints.latest() or 0}")
     return state, recorder.frozen
 
 
-def begin(run: Run, checkpoints: Checkpoints, mesh: jax.sharding.Mesh, teacher_params: dict) -> tuple[TrainState, int, int]:
-    """State, step and tokens seen to start from."""
+def begin(
+    run: Run, checkpoints: Checkpoints, mesh: jax.sharding.Mesh, teacher_params: dict, say: Callable[[str], None]
+) -> tuple[TrainState, Position]:
+    """The state to start from, and where in the run it is."""
     like = abstract_state(run, teacher_params, mesh)
-    step = checkpoints.latest()
-    if step is None:
-        shapes = {student.name: student.config for student in run.students}
-        starts = {name: own_head(shapes[name], *load_pretrained(folder)) for name, folder in run.checkpoints.items()}
-        init = jax.jit(partial(initial_state, run), out_shardings=jax.tree.map(lambda x: x.sharding, like))
-        return init(teacher_params, starts), 0, 0
-    return checkpoints.restore(step, like), step, checkpoints.record(step)["tokens"]
+    found = checkpoints.newest_whole(lambda step: (checkpoints.restore(step, like), position_of(checkpoints.record(step))), say)
+    if found:
+        return found[1]
+    shapes = {student.name: student.config for student in run.students}
+    starts = {name: own_head(shapes[name], *load_pretrained(folder)) for name, folder in run.checkpoints.items()}
+    init = jax.jit(partial(initial_state, run), out_shardings=jax.tree.map(lambda x: x.sharding, like))
+    return init(teacher_params, starts), Position()
+
+
+def compile_first(
+    run: Run, state: TrainState, teacher: dict, batches: Iterator, progress: Progress
+) -> tuple[jax.stages.Compiled, Iterator]:
+    """The compiled step, and the batches with the first one, whose shape it has."""
+    if len(run.students) > 1:
+        progress.say(f"compiling the step of {len(run.students)} students")  # grows with their number
+    first = next(batches)
+    return compile_step(run, state, teacher, first), itertools.chain([first], batches)
+
+
+def save_checkpoint(
+    run: Run, checkpoints: Checkpoints, recorder: Recorder, identity: dict, step: int, state: TrainState, *, always: bool = False
+) -> bool:
+    """Saves unless a student is in a stretch of failures: what a run goes back to is good. Returns whether it did."""
+    if not (always or recorder.is_sound()):
+        return False
+    with recorder.paused():
+        checkpoints.save(step, state, run_record(run, identity, recorder.position(step)))
+    return True
 
 
 def frozen_students(run: Run, state: TrainState, step: int) -> dict[str, int]:
@@ -243,7 +285,9 @@ def describe(run: Run, teacher_params: dict, *, goes_on: bool) -> Iterator[str]:
         for term in student.terms:
             yield f"  {term.description}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.items())
-    yield f"devices: {jax.device_count()} {jax.default_backend()} ({mesh}), {run.settings.dtype}"
+    hosts = len(set(processes.hosts()))
+    where = f" of {processes.count()} processes on {hosts} host{'s' * (hosts > 1)}" if hosts else ""
+    yield f"devices: {jax.device_count()} {jax.default_backend()}{where} ({mesh}), {run.settings.dtype}"
     yield f"output: {run.output}{' (holds this run: going on with it)' if goes_on else ''}"
 
 

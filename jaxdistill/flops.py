@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from jaxdistill.features import Feature, deepest_layer
 from jaxdistill.models import EncoderConfig
 from jaxdistill.objective import features_read
-from jaxdistill.train_step import Student
+from jaxdistill.update import Student
 
 
 def forward_flops_per_token(config: EncoderConfig, sequence_length: int, features: Iterable[Feature]) -> int:

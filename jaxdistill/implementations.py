@@ -8,7 +8,8 @@ from jaxdistill.config import Config, KernelsConfig
 from jaxdistill.errors import InputError
 from jaxdistill.kernels import relations_kernel
 from jaxdistill.models import attention_kernel, not_fused
-from jaxdistill.train_step import StepSettings, Student
+from jaxdistill.train_step import StepSettings
+from jaxdistill.update import Student
 
 
 def fuses_attention(device) -> bool:

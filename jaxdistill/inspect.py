@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -12,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from jaxdistill.data import TokenStore, language_shares
 from jaxdistill.features import deepest_layer
 from jaxdistill.models import EncoderConfig, init_params
 from jaxdistill.objective import initial_projections
@@ -20,7 +22,8 @@ from jaxdistill.report import summary_table
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import AXES, partition_spec
 from jaxdistill.students import describe_initialisation
-from jaxdistill.train_step import Student
+from jaxdistill.update import Student
+from jaxdistill.urls import is_url
 
 
 def inspection(run: Run) -> Group:
@@ -30,7 +33,14 @@ def inspection(run: Run) -> Group:
     tables = (parameter_table(run), layer_table(run), sharding_table(run), cost_table(run))
     held = argument_bytes(run)
     in_bfloat16 = argument_bytes(replace(run, settings=replace(run.settings, dtype="bfloat16")))
+    if run.settings.languages and not run.config.data.streaming:
+        # Shares are of rows, and these are known once the text is prepared.
+        tables += (language_table(run, TokenStore(run.store)) if _prepared(run) else Text("languages: shares are known after `prepare`"),)
     return Group(*title, *warnings, *tables, kernel_table(run), memory_table(run, held=held), chips_table(run, in_bfloat16))
+
+
+def _prepared(run: Run) -> bool:
+    return not is_url(run.store) and (Path(run.store) / "manifest.json").is_file()
 
 
 def _paths(tree) -> dict[str, tuple[int, ...]]:
@@ -117,6 +127,21 @@ def sharding_table(run: Run) -> Table:
 def _show(spec: PartitionSpec, mesh: AbstractMesh) -> str:
     axes = [axis if axis and mesh.shape[axis] > 1 else "-" for axis in spec]
     return " x ".join(axes) if set(axes) - {"-"} else "whole"
+
+
+def language_table(run: Run, store: TokenStore) -> Table:
+    """What each language has in the text, what the run draws of it, and how often it reads it."""
+    training, found = run.config.training, language_shares(run.config.data, store.source_rows("train"))
+    total = sum(language.rows for language in found)
+    epochs = training.steps * training.batch_size / total
+    rows = [
+        (
+            each.name, f"{each.rows:,}", f"{100 * each.rows / total:.2f} %", f"{100 * each.drawn / total:.2f} %",
+            f"{epochs * each.drawn / each.rows:.3g}" if each.rows else "-",
+        )
+        for each in found
+    ]  # fmt: skip
+    return summary_table(rows, ("language", "rows to train on", "of the text", "of the run", "epochs"), "Languages")
 
 
 def cost_table(run: Run) -> Table:

@@ -198,7 +198,8 @@ def _torch_passes(models: list[Model], batch_sizes: Sequence[int], length: int, 
     loaded = {}
     for model in models:
         options = {"add_pooling_layer": False, "attn_implementation": "sdpa", "dtype": getattr(torch, dtype), "local_files_only": True}
-        loaded[model.name] = AutoModel.from_pretrained(str(model.folder), **options).eval()
+        place = str(model.folder)
+        loaded[model.name] = AutoModel.from_pretrained(place, trust_remote_code=False, use_safetensors=True, **options).eval()
     logging.set_verbosity(verbosity)
     if shows_progress:
         logging.enable_progress_bar()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.errors import InputError
+from jaxdistill.errors import InputError, writing
 
 FILE_NAME = "metrics.jsonl"
 
@@ -204,11 +204,13 @@ class MetricsWriter:
     def _open_file(self) -> None:
         path = self._folder / FILE_NAME
         _keep_until(path, self._resume_step)
-        file = self._close.enter_context(path.open("a", encoding="utf-8"))
+        file = self._close.enter_context(path.open("ab", buffering=0))  # a full disk fails the write, not the closing after it
 
         def sink(record: dict[str, Any]) -> None:
-            file.write(json.dumps(_to_json(record), allow_nan=False) + "\n")
-            file.flush()
+            with writing("output", self._folder):
+                line = (json.dumps(_to_json(record), allow_nan=False) + "\n").encode()
+                while line:
+                    line = line[file.write(line) :]
 
         self._sinks.append(sink)
 

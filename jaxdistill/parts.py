@@ -18,6 +18,7 @@ from jaxdistill.kernels import ON_CPU, Kernels
 from jaxdistill.layer_map import Pairs
 from jaxdistill.models import EncoderConfig
 
+MOST_DRAWS = 1_000_000  # of a random layer map; they are all drawn beforehand
 SumAndCount = tuple[jax.Array, jax.Array]
 
 
@@ -155,6 +156,8 @@ def links_of(layer_map: LayerMapConfig, sides: Sides, lowest: int) -> tuple[Pair
         raise InputError(f"{sides.place}.layer_map: layer 0 is the embeddings, which have no queries, keys and values")
     if layer_map.strategy == "random":
         every = layer_map.every or 100
+        if sides.steps > every * MOST_DRAWS:
+            raise InputError(f"{sides.place}.layer_map.every: {sides.steps:,} steps are over {MOST_DRAWS:,} draws; draw less often")
         draws = [dict(layer_map.resolve(*depths, draw=draw)) for draw in range(max(-(-sides.steps // every), 1))]
         links = []
         for student in dict(pairs):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxdistill import processes
 from jaxdistill.agreement import sentence_embeddings, similarity_agreement, split_sentences
 from jaxdistill.config import Config, load_config
 from jaxdistill.data import DocumentCounts, is_held_out, read_documents
@@ -78,6 +79,8 @@ def run_quickstart(config: Config, *, overwrite: bool) -> None:
             "needs 3; give a longer --text, with blank lines between its documents"
         )
     result = distill(config, overwrite=overwrite)
+    if not processes.is_main():
+        return
     (name,) = result.students
     student_config, after = result.students[name]
     _, teacher_params = load_pretrained(run.teacher_folder)

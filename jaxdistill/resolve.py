@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,20 +11,23 @@ from pathlib import Path
 import jax
 
 from jaxdistill.config import CheckpointConfig, Config
-from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, load_tokenizer
+from jaxdistill.data import Masking, TextTokenizer, check_tokenizer, languages, load_tokenizer
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.features import Feature, deepest_layer
 from jaxdistill.implementations import check_attention, fuses_attention, relations_of, without_cudnn
 from jaxdistill.kernels import Kernels, Platform
-from jaxdistill.models import EncoderConfig, find_model, load_config, with_mlm_head
+from jaxdistill.models import EncoderConfig, find_model, load_config, split_revision, with_mlm_head
 from jaxdistill.objective import bind_objective, features_read, needs_labels, reads_labels, reads_masked
 from jaxdistill.optimizer import create_optimizer
 from jaxdistill.parts import BoundTerm
+from jaxdistill.revisions import pin_models
 from jaxdistill.sharding import mesh_shape
 from jaxdistill.stages import Stage, stages_of
 from jaxdistill.students import check_checkpoint, copied_layers, student_config
 from jaxdistill.tasks import Task, find_task, num_training_rows
-from jaxdistill.train_step import Input, StepSettings, Student, teacher_reads
+from jaxdistill.train_step import StepSettings, teacher_reads
+from jaxdistill.update import Input, Student
+from jaxdistill.urls import is_url, local_path
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,10 @@ class Run:
         return Path(self.config.output)
 
     @property
-    def store(self) -> Path:
-        return Path(self.config.data.store) if self.config.data.store else self.output / "tokens"
+    def store(self) -> Path | str:
+        """The folder of the token store, or its URL."""
+        store = self.config.data.store
+        return store if store and is_url(store) else Path(store) if store else self.output / "tokens"
 
     @property
     def task(self) -> Task | None:
@@ -96,7 +102,7 @@ def resolve_stages(config: Config, *, num_devices: int | None = None, platform: 
     Raises:
       InputError: one line that names the field and what would be right.
     """
-    config = in_steps(_absolute_output(config))
+    config = pin_models(in_steps(_absolute_output(config)))
     without: tuple[str, ...] = ()
     if platform is None and not fuses_attention(jax.devices()[0]):
         kernels, without = without_cudnn(config.kernels)
@@ -164,12 +170,19 @@ def _resolve(stage: Stage, planned: Mapping[str, Model], num_devices: int, platf
     settings = StepSettings(
         teacher.config, config.training.precision, config.training.seed, config.data.packing,
         _masking(config, students, tokenizer), config.training.freeze_after, kernels, config.training.rematerialise,
+        _spike_factor(config), languages=len(languages(config.data)),
     )  # fmt: skip
     warnings += check_attention(settings, config, students, stage.students)
     for student in students:
         relations_of(student, settings, config, mesh)
     models = _folder(teacher, with_head=reads_logits), teacher.config, tokenizer_source, tokenizer
     return Run(config, stage.name, *models, tuple(students), copied, checkpoints, settings, mesh, tuple(warnings), saved=config)
+
+
+def _spike_factor(config: Config) -> float:
+    if config.training.spike_factor is not None:
+        return config.training.spike_factor
+    return 0.0 if config.data.task else 10.0  # a task's few examples are soon learnt, and one that is not stands out lawfully
 
 
 def _model(path_or_hub_id: str, planned: Mapping[str, Model], place: str) -> Model:
@@ -185,7 +198,7 @@ def _model(path_or_hub_id: str, planned: Mapping[str, Model], place: str) -> Mod
 def _checkpoint(student: Student, start: CheckpointConfig, planned: Mapping[str, Model], place: str) -> Path:
     """The folder of the parameters that a student starts from, with their MLM head if it has one: a model's, or a run's export."""
     name = start.checkpoint
-    folder = Path(name).expanduser().absolute()
+    folder = Path(os.path.expanduser(name)).absolute()
     if name not in planned and (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         there = sorted(path.name for path in (folder / "export").iterdir()) if (folder / "export").is_dir() else []
         own = start.student or (student.name if student.name in there or len(there) != 1 else there[0])
@@ -272,14 +285,16 @@ def in_steps(config: Config) -> Config:
 
 
 def _absolute_output(config: Config) -> Config:
-    return config.model_copy(update={"output": str(Path(config.output).expanduser().absolute())})
+    if any(len(os.fsencode(part)) > 255 for part in Path(config.output).parts):
+        raise InputError("output: a name in it is longer than the 255 bytes that a folder's may have")
+    return config.model_copy(update={"output": str(Path(os.path.expanduser(config.output)).absolute())})
 
 
 def _settled(config: Config, platform: Platform) -> Config:
     """The precision that "auto" means here, and paths that hold from any working directory."""
 
     def absolute(path: str | None) -> str | None:
-        return None if path is None else str(Path(path).expanduser().absolute())
+        return path if path is None or is_url(path) else str(local_path(path).absolute())
 
     precision = config.training.precision
     if precision == "auto":
@@ -287,11 +302,11 @@ def _settled(config: Config, platform: Platform) -> Config:
     sources, task = config.data.sources, config.data.task
     sources = sources and tuple(source.model_copy(update={"path": absolute(source.path)}) for source in sources)
     task = task and task.model_copy(update={"data": absolute(task.data)})
-    teacher, name = config.teacher, config.teacher_name or config.teacher
-    if Path(teacher).expanduser().is_dir():
+    teacher, name = config.teacher, config.teacher_name or split_revision(config.teacher)[0]
+    if os.path.isdir(os.path.expanduser(teacher)):
         teacher, name = absolute(teacher), config.teacher_name or Path(absolute(teacher)).name
     tokenizer = config.data.tokenizer
-    if tokenizer and Path(tokenizer).expanduser().is_dir():
+    if tokenizer and os.path.isdir(os.path.expanduser(tokenizer)):
         tokenizer = absolute(tokenizer)
     data = config.data.model_copy(update={"sources": sources, "task": task, "store": absolute(config.data.store), "tokenizer": tokenizer})
     training = config.training.model_copy(update={"precision": precision})

@@ -20,7 +20,7 @@ import pydantic
 import yaml
 
 from jaxdistill.errors import InputError
-from jaxdistill.models import find_model, load_config, num_parameters, weights_sha256
+from jaxdistill.models import find_model, hub_origin, load_config, num_parameters, weights_sha256
 
 FORMAT = "jaxdistill results"
 
@@ -101,6 +101,8 @@ def describe_model(path_or_hub_id: str | Path) -> dict[str, Any]:
     config = load_config(folder)
     sizes = ("family", "num_layers", "num_heads", "hidden_size", "intermediate_size", "vocab_size")
     found: dict[str, Any] = {"source": str(path_or_hub_id), "weights_sha256": weights_sha256(folder)}
+    if origin := hub_origin(folder):
+        found["revision"] = origin[1]  # of the Hub: its commit
     found |= {name: getattr(config, name) for name in sizes} | {"parameters": num_parameters(config)}
     # RUN/export/<student>: the run's config says what it is.
     run = folder.absolute().parent.parent
@@ -159,7 +161,7 @@ def find_models(arguments: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for argument in arguments:
         name, separator, path = argument.partition("=")
-        if not separator or Path(argument).expanduser().is_dir():  # a folder's own name may hold the sign
+        if not separator or os.path.isdir(os.path.expanduser(argument)):  # a folder's own name may hold the sign
             name, path = "", argument
         models = _exports(find_model(path)) or {_own_name(path): path}
         if name and len(models) > 1:
@@ -178,7 +180,7 @@ def find_models(arguments: Iterable[str]) -> dict[str, str]:
 
 
 def _own_name(path: str) -> str:
-    return model_name(os.path.abspath(path)) if Path(path).expanduser().is_dir() else model_name(path)
+    return model_name(os.path.abspath(path)) if os.path.isdir(os.path.expanduser(path)) else model_name(path)
 
 
 def _exports(folder: Path) -> dict[str, str]:

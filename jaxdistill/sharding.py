@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import jax
@@ -47,10 +48,10 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     free = [axis for axis in AXES if sizes[axis] == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise InputError(f"mesh: sizes are at least 1, and at most one of {', '.join(AXES)} may be -1; got {sizes}")
-    taken = int(np.prod([size for size in sizes.values() if size != -1]))
+    taken = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = num_devices // taken
-    if int(np.prod(list(sizes.values()))) != num_devices:
+    if math.prod(sizes.values()) != num_devices:
         raise InputError(f"mesh: {sizes} does not cover the {num_devices} devices here; leave data at -1 to take what the other axes leave")
     return sizes
 
@@ -78,6 +79,23 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh):
         return NamedSharding(mesh, partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def on_host(tree, mesh: Mesh):
+    """The arrays of a tree on the host, whole, in every process; those that devices of other processes hold parts of are gathered."""
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+        tree = jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+    return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+def placed(tree, mesh: Mesh):
+    """Arrays of the host, equal in every process, where `tree_shardings` says; each process copies what its devices hold."""
+
+    def place(leaf, sharding: NamedSharding) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, tree, tree_shardings(tree, mesh))
 
 
 def keep_rows(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ interrupted finds the finished stages and goes on in the one under way.
 from __future__ import annotations
 
 import fnmatch
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
             raise InputError(f"students.{name}.initialise: a student of the stage before, and the config has no stages")
     if not config.stages:
         return (Stage("", config),)
-    output = Path(config.output).expanduser().absolute()
+    output = Path(os.path.expanduser(config.output)).absolute()
     found: list[Stage] = []
     known = dict(config.students)
     folders: dict[str, Path] = {}  # of the stage that trained a student last

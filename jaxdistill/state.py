@@ -12,9 +12,10 @@ from jaxdistill.features import deepest_layer
 from jaxdistill.models import in_int8, layer_name
 from jaxdistill.objective import initial_projections
 from jaxdistill.resolve import Run
-from jaxdistill.sharding import tree_shardings
+from jaxdistill.sharding import placed, tree_shardings
 from jaxdistill.students import initial_params, student_key
-from jaxdistill.train_step import Student, StudentState, TrainState, train_step
+from jaxdistill.train_step import train_step
+from jaxdistill.update import Student, StudentState, TrainState
 
 # On a CPU with AVX-512 LLVM takes half of its width, out of regard for processors that slowed down under it.
 COMPILER_OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
@@ -41,7 +42,9 @@ def initial_state(run: Run, teacher_params: dict, checkpoints: dict[str, dict] |
         )
         projections = initial_projections(student.terms, jax.random.fold_in(key, zlib.crc32(b"projections")))
         trained = {"params": params, "projections": projections}
-        states[student.name] = StudentState(trained, student.optimizer.init(trained), _empty_memory(run, student), jnp.int32(0))
+        num_parts = sum(len(term.parts) for term in student.terms)
+        losses = jnp.zeros((num_parts,), jnp.float32), jnp.zeros((num_parts,), jnp.int32)
+        states[student.name] = StudentState(trained, student.optimizer.init(trained), _empty_memory(run, student), jnp.int32(0), *losses)
     return TrainState(jnp.int32(0), states)
 
 
@@ -75,8 +78,7 @@ def read_of_teacher(run: Run, params: dict) -> dict:
 
 def place_teacher(run: Run, params: dict, mesh: jax.sharding.Mesh) -> dict:
     """What the students read of the teacher, on the devices."""
-    needed = read_of_teacher(run, params)
-    return jax.device_put(needed, tree_shardings(needed, mesh))
+    return placed(read_of_teacher(run, params), mesh)
 
 
 def compile_step(run: Run, state: TrainState, teacher: dict, batch: dict) -> jax.stages.Compiled:

@@ -5,63 +5,22 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jaxdistill.data import Masking, mask_tokens
+from jaxdistill.data import Masking, language_tokens, mask_tokens
 from jaxdistill.features import EncoderOutput, Feature
 from jaxdistill.kernels import ON_CPU, Kernels, Platform
 from jaxdistill.models import EncoderConfig, forward
 from jaxdistill.objective import features_read, loss, measure
-from jaxdistill.parts import BoundTerm, Inputs, TextVectors, first_vectors
+from jaxdistill.parts import Inputs, TextVectors, first_vectors
 from jaxdistill.row_keys import RowKeys
 from jaxdistill.students import student_key
+from jaxdistill.update import Input, Student, TrainState, flat, update
 
-# input_ids, segment_ids [A, B, S], of a task also token_type_ids [A, B, S] and labels [A, B]; or one micro-batch, without A
+# input_ids, segment_ids [A, B, S]; of a task token_type_ids [A, B, S], labels [A, B]; languages [A, B]; or a micro-batch, without A
 Batch = dict[str, jax.Array]
-Input = Literal["clean", "masked"]
-
-
-@dataclass(frozen=True)
-class Student:
-    """What stays fixed of a student in a run; its arrays are in `StudentState`."""
-
-    name: str
-    config: EncoderConfig
-    terms: tuple[BoundTerm, ...]
-    optimizer: optax.GradientTransformation
-    input: Input = "clean"
-
-    @property
-    def has_mlm_head(self) -> bool:
-        return any(feature.kind == "logits" for feature in features_read(self.terms)[0])
-
-    @property
-    def has_classifier(self) -> bool:
-        return any(feature.kind == "label_logits" for feature in features_read(self.terms)[0])
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class StudentState:
-    """`trained` holds "params" (the encoder and the heads that a loss reads) and "projections" that no export contains."""
-
-    trained: dict
-    optimizer: optax.OptState
-    memory: dict  # term -> {"vectors": [K, Dt], "mask": [K]}: the teacher's text vectors of past rows
-    failures: Any  # int32: updates in a row that were not finite
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class TrainState:
-    """Arrays, or what stands for them (ShapeDtypeStructs, shardings)."""
-
-    step: Any  # int32: updates done, and with it the position in the data
-    students: dict[str, StudentState]
 
 
 def precision(dtype: str, platform: Platform):
@@ -78,9 +37,11 @@ class StepSettings:
     seed: int  # of the students' dropout and of the masked places
     packing: bool  # texts packed in a row do not see each other
     masking: Masking | None = None  # of masked input; None: no student reads it
-    freeze_after: int = 20  # updates in a row that are not finite
+    freeze_after: int = 20  # updates in a row that are skipped
     kernels: Kernels = ON_CPU
     rematerialise: str = "none"  # what the students' gradients compute again instead of keeping it
+    spike_factor: float = 0.0  # a loss over this many times its running mean is skipped; 0: none is
+    languages: int = 0  # whose tokens are counted; 0: none
 
 
 @dataclass(frozen=True)
@@ -221,10 +182,6 @@ def _text_vectors(settings: StepSettings, students: Sequence[Student], teacher_p
     return dict(zip(sorted(wanted), _over_micro_batches(vectors, batch, _numbered_rows(batch)), strict=True))
 
 
-def _flat(vectors: TextVectors) -> TextVectors:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), vectors)
-
-
 def _negatives(student: Student, memory: dict, vectors: dict, rows: jax.Array) -> dict[str, tuple[TextVectors, ...]]:
     """Contrastive term -> text vectors outside of this micro-batch: the others of the global batch, and its memory bank."""
     found: dict[str, tuple[TextVectors, ...]] = {}
@@ -234,7 +191,7 @@ def _negatives(student: Student, memory: dict, vectors: dict, rows: jax.Array) -
         batch = vectors[student.input, term.parts[0].teacher[0]]
         own: tuple[TextVectors, ...] = ()
         if batch.mask.shape[0] > 1:
-            every, size = _flat(batch), jnp.uint32(rows.shape[0])
+            every, size = flat(batch), jnp.uint32(rows.shape[0])
             others = jnp.arange(every.mask.shape[0], dtype=jnp.uint32) // size != rows[0] // size
             own = (TextVectors(every.vectors, every.mask * others.astype(jnp.int32)),)
         if bank := memory.get(term.name):
@@ -252,9 +209,9 @@ def train_step(
       batch: of A micro-batches of B rows; the result does not depend on A.
 
     Returns:
-      The next state, and {"tokens": real tokens, "students": student -> {"parts": part -> (sum, count), "gradient_norm",
-      "skipped", "failures"}}; skipped is 1 when the student kept its parameters: its gradient was not finite, or it is
-      frozen after `freeze_after` such gradients in a row.
+      The next state, and {"tokens": real tokens, ("languages": of each,) "students": student -> {"parts": part -> (sum, count),
+      "gradient_norm", "skipped", "spiked", "failures"}, "diverged": no student is left}; skipped is 1 when the student kept its
+      parameters: its gradient was not finite, its loss a spike, or it is frozen after `freeze_after` of these in a row.
     """
     rows, key = _numbered_rows(batch), _masking_key(settings.seed, "masking", state.step)
     trained = {name: student.trained for name, student in state.students.items()}
@@ -298,8 +255,11 @@ def train_step(
         else:
             counts = jax.tree.map(jnp.sum, _over_micro_batches(lambda *micro: count(vectors, *micro), batch, rows))
             found, parts = _accumulate(lambda *micro: gradients(counts, vectors, *micro), trained, batch, rows)
-    state, metrics = _update(settings, students, state, found, parts, vectors)
-    return state, {"tokens": jnp.sum(batch["segment_ids"] > 0), "students": metrics}
+    limits = {"freeze_after": settings.freeze_after, "spike_factor": settings.spike_factor}
+    state, metrics = update(students, state, found, parts, vectors, **limits)
+    diverged = jnp.all(jnp.stack([student.failures for student in state.students.values()]) >= settings.freeze_after)
+    tokens = {"tokens": jnp.sum(batch["segment_ids"] > 0)} | language_tokens(settings.languages, batch)
+    return state, {**tokens, "students": metrics, "diverged": diverged}
 
 
 def _accumulate(gradients: Callable, trained: dict, batch: Batch, rows: jax.Array) -> tuple[dict, dict]:
@@ -311,39 +271,3 @@ def _accumulate(gradients: Callable, trained: dict, batch: Batch, rows: jax.Arra
 
     total, parts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), (batch, rows))
     return total, jax.tree.map(jnp.sum, parts)
-
-
-@jax.named_scope("update")
-def _update(settings: StepSettings, students: Sequence[Student], state: TrainState, gradients: dict, parts: dict, vectors: dict):
-    updated, metrics = {}, {}
-    for student in students:
-        own, old = gradients[student.name], state.students[student.name]
-        norm = optax.tree.norm(own)
-        finite = jnp.isfinite(norm)
-        frozen = old.failures >= settings.freeze_after
-
-        def step(old: StudentState, own=own, norm=norm, optimizer=student.optimizer) -> tuple[dict, optax.OptState]:
-            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of int32 counters
-                updates, new = optimizer.update(own, old.optimizer, old.trained, gradient_norm=norm)
-            return optax.apply_updates(old.trained, updates), new
-
-        # A branch, not a selection between results: what is kept is not copied.
-        trained, optimizer = jax.lax.cond(finite & ~frozen, step, lambda old: (old.trained, old.optimizer), old)
-        failures = jnp.where(finite & ~frozen, 0, old.failures + 1)  # goes on counting when frozen: since when can be told
-        updated[student.name] = StudentState(trained, optimizer, _remembered(student, old, vectors), failures)
-        skipped = (~finite | frozen).astype(jnp.int32)
-        metrics[student.name] = {"parts": parts[student.name], "gradient_norm": norm, "skipped": skipped, "failures": failures}
-    return TrainState(state.step + 1, updated), metrics
-
-
-def _remembered(student: Student, old: StudentState, vectors: dict) -> dict:
-    """The memory banks with this batch's rows in front; the oldest fall out."""
-    memory = {}
-    for term in student.terms:
-        if term.memory_bank:
-            feature, size = term.memory_bank
-            new, bank = _flat(vectors[student.input, feature]), old.memory[term.name]
-            joined = {"vectors": jnp.concatenate([new.vectors.astype(jnp.float32), bank["vectors"]]),
-                      "mask": jnp.concatenate([new.mask, bank["mask"]])}  # fmt: skip
-            memory[term.name] = {name: array[:size] for name, array in joined.items()}
-    return memory

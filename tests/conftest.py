@@ -24,6 +24,23 @@ jax.config.update("jax_default_matmul_precision", "highest")
 pytest_plugins = ("shared_fixtures",)  # imported after the hook
 
 
+def pytest_addoption(parser):
+    parser.addoption("--each-value-once", action="store_true", help="of a grid of parameters: cases until every value was seen")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--each-value-once"):
+        return
+    seen, kept, dropped = set(), [], []
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        values = {(item.nodeid.partition("[")[0], name, repr(value)) for name, value in params.items()}
+        (dropped if values and values <= seen else kept).append(item)
+        seen |= values
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
     """For whole runs of milliseconds a step: hardly optimised programs, read from a cache when they are run again.

@@ -8,10 +8,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 # From left to right; a module imports only from its left (and from its own room).
 FLOW = [
-    ["errors", "shapes"], ["features", "layer_map", "row_keys"], ["config"], ["sharding", "stages"], ["losses"], ["kernels"], ["models"],
-    ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["train_step"],
-    ["flops", "metrics", "progress", "runtime"], ["report"], ["implementations"], ["resolve"], ["state", "batches"], ["checkpoint", "plan"],
-    ["export", "agreement", "recorder", "inspect"], ["distill", "latency", "lost", "finetune", "compare"], ["evaluate"],
+    ["errors", "shapes", "urls"], ["processes", "preemption"], ["checksums", "ending"], ["features", "layer_map", "row_keys"], ["config"],
+    ["sharding", "stages"], ["losses"], ["kernels"], ["models"],
+    ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["update"], ["train_step"],
+    ["flops", "metrics", "progress", "runtime"], ["report"], ["implementations", "revisions"], ["resolve"],
+    ["state", "batches"], ["checkpoint", "plan"], ["card"], ["export", "agreement", "recorder", "inspect", "hosts"], ["diverged", "text"],
+    ["distill", "latency", "lost", "finetune", "compare"], ["evaluate", "push"], ["publish"],
     ["quickstart"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {

@@ -1,21 +1,19 @@
 """What a run is made of, and how it is read."""
 
+from jaxdistill.config.data import DataConfig, SourceConfig, TaskConfig
 from jaxdistill.config.evaluation import PROTOCOLS, EvaluationConfig, Protocol, load_evaluation
-from jaxdistill.config.load import load_config, select_students
+from jaxdistill.config.load import load_config, parse_yaml, select_students
 from jaxdistill.config.sections import (
     CheckpointConfig,
     Config,
-    DataConfig,
     ExportConfig,
     KernelsConfig,
     MaskingConfig,
     MeshConfig,
     OptimizerConfig,
     PreviousStudent,
-    SourceConfig,
     StageConfig,
     StudentConfig,
-    TaskConfig,
     TrainingConfig,
     changed,
 )
@@ -75,5 +73,6 @@ __all__ = [
     "changed",
     "load_config",
     "load_evaluation",
+    "parse_yaml",
     "select_students",
 ]

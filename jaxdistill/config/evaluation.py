@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -110,11 +110,11 @@ def load_evaluation(arguments: Sequence[str]) -> EvaluationConfig:
         key, separator, value = argument.partition("=")
         if separator and key.split(".")[0] in EvaluationConfig.model_fields:
             overrides.append(f"protocol.name={value}" if key == "protocol" and not value.startswith("{") else argument)
-        elif argument.endswith((".yaml", ".yml")) and Path(argument).is_file():
+        elif argument.endswith((".yaml", ".yml")) and os.path.isfile(argument):
             if values:
                 raise InputError(f"{argument}: a second config; one is read")
             values = read_config_file(argument)
-        elif separator and "/" not in key and "/" not in value and not Path(value).expanduser().is_dir():
+        elif separator and "/" not in key and "/" not in value and not os.path.isdir(os.path.expanduser(value)):
             raise InputError(f"{argument}: neither a field nor NAME=PATH of a model{nearest(key, EvaluationConfig.model_fields)}")
         else:
             models.append(argument)

@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,16 +14,26 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
-from jaxdistill.config import sections, terms
+from jaxdistill.config import data, sections, terms
 from jaxdistill.config.sections import Config, PreviousStudent, StageConfig
 from jaxdistill.config.terms import KINDS, Section
-from jaxdistill.errors import InputError, nearest
+from jaxdistill.errors import InputError, holds_secret, nearest
 
 Model = TypeVar("Model", bound=Section)
 
 
+LARGEST_CONFIG = 1 << 20  # characters of YAML, and values once its aliases are written out
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 5e-4 as a number (YAML 1.1 wants 5.0e-4 and else gives a string), and refuses a key said twice."""
+    """Safe YAML that also reads 5e-4 as a number (YAML 1.1 wants 5.0e-4 and else gives a string), and refuses a key said twice,
+    an alias of what it stands in, and aliases of aliases that would grow without end."""
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None:
+            _written_out(node, {})
+        return node
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -42,9 +52,30 @@ for _kind in (_Loader, Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _float, list("-+.0123456789"))
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def _written_out(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Nodes below and with this one, were every alias a copy."""
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise yaml.constructor.ConstructorError(None, None, "an alias of what it stands in", node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # under way
+    own = node.value if isinstance(node, yaml.CollectionNode) else ()
+    parts = [part for pair in own for part in pair] if isinstance(node, yaml.MappingNode) else own
+    total = 1 + sum(_written_out(part, sizes) for part in parts)
+    if total > LARGEST_CONFIG:
+        raise yaml.constructor.ConstructorError(None, None, f"its aliases stand for more than {LARGEST_CONFIG:,} values", node.start_mark)
+    sizes[id(node)] = total
+    return total
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Raises InputError for what is not YAML, or would not end."""
+    if len(text) > LARGEST_CONFIG:
+        raise InputError(f"{where}: {len(text):,} characters are no config")
     try:
         return yaml.load(text, _Loader)
+    except RecursionError:
+        raise InputError(f"{where}: not valid YAML: nested too deep") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: a date that is none; TypeError: a list as a key
         raise InputError(f"{where}: not valid YAML: {error}") from None
 
@@ -63,7 +94,7 @@ def read_config_file(path: str | Path) -> dict:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file; a config is YAML in UTF-8") from None
-    values = _parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: a config is a mapping of fields (teacher, data, students, output), got {type(values).__name__}")
     return values | {"output": str(folder)} if folder else values
@@ -95,7 +126,7 @@ def apply_overrides(values: Mapping, overrides: Sequence[str]) -> dict:
             elif not isinstance(node, dict):
                 raise InputError(f"override {override!r}: {'.'.join(keys[:done])} is a single value, it has no field {key!r}")
             if last:
-                node[key] = _parse_yaml(text, f"override {override!r}")
+                node[key] = parse_yaml(text, f"override {override!r}")
             elif isinstance(node, dict) and node.get(key) is None:
                 node[key] = [{}] if keys[end] == "0" else {}  # objective.0.weight changes the default term
             node, done = node[key], end
@@ -122,7 +153,7 @@ def _merged(values: Mapping, fields: Mapping) -> dict:
 
 def _section_at(location: Sequence[str | int], model: type[Section]) -> type[Section]:
     """The section at this place of a config; names of terms stand in the place as pydantic puts them there."""
-    modules = (sections, terms, sys.modules[model.__module__])
+    modules = (data, sections, terms, sys.modules[model.__module__])
     known = {name: kind for module in modules for name, kind in vars(module).items() if isinstance(kind, type)}
     for key in location:
         if key in KINDS:
@@ -144,7 +175,11 @@ _BRANCH = re.compile(
 def _path(location: Sequence[str | int]) -> str:
     parts = []
     for i, key in enumerate(location):
-        branch = isinstance(key, str) and _BRANCH.fullmatch(key) and (key[0].islower() or hasattr(sections, key) or hasattr(terms, key))
+        branch = (
+            isinstance(key, str)
+            and _BRANCH.fullmatch(key)
+            and (key[0].islower() or any(hasattr(module, key) for module in (data, sections, terms)))
+        )
         tag = key in KINDS and i > 0 and isinstance(location[i - 1], int)
         if not (branch and i > 0 and ("[" in key or location[i - 1] != "students")) and not tag:
             parts.append(str(key))
@@ -189,6 +224,8 @@ def expand_grid(values: Mapping) -> dict:
     for i, axis in enumerate(grid):
         if not isinstance(axis, Mapping) or not axis or not all(isinstance(fields, Mapping) for fields in axis.values()):
             raise InputError(f"grid.{i}: an axis is a mapping of names to fields of a student, as in {{6L: {{shape: 6L}}}}")
+    if not isinstance(values.get("students") or {}, Mapping):
+        raise InputError("students: a mapping of names to their fields is needed beside a grid")
     students = dict(values.get("students") or {})
     for names in itertools.product(*grid):
         fields: dict = {}
@@ -259,8 +296,26 @@ def load_config(config: Config | Mapping | str | Path | None = None, overrides: 
     return validated(Config, values, where)
 
 
+def _strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a config with its place, keys too."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield place, str(key)
+            yield from _strings(item, f"{place}.{key}" if place else str(key))
+
+
 def validated(model: type[Model], values: Mapping, where: str = "") -> Model:
-    """Raises InputError, one line that names the field."""
+    """Raises InputError, one line that names the field; also for a password or a token, since a run writes its config down."""
+    for place, text in _strings(values):
+        if "\0" in text or any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+            raise InputError(f"{where}{place or 'config'}: {text[:100]!r} holds a character that neither a text nor a path may have")
+        if holds_secret(text):
+            raise InputError(
+                f"{where}{place or 'config'}: holds a password or a token, which would be written into the run; leave it out: credentials "
+                f"come from the environment (`hf auth login` or HF_TOKEN; a store's own variables)"
+            )
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:

@@ -12,78 +12,10 @@ import pydantic
 import yaml
 from pydantic import BeforeValidator, Field
 
+from jaxdistill.config.data import DataConfig, Fraction, Share
 from jaxdistill.config.terms import AsTuple, Objective, Positive, RelationKL, Section
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class SourceConfig(Section):
-    """One text: local files (`path`: a file, a folder or a glob) or a dataset of the Hub (`dataset`)."""
-
-    path: str | None = None
-    format: Literal["auto", "parquet", "jsonl", "text"] = "auto"
-    dataset: str | None = None
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    column: str = "text"
-    weight: Annotated[float, Field(gt=0)] | None = None  # share of the rows drawn; all sources or none
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @pydantic.model_validator(mode="after")
-    def _one_place(self) -> SourceConfig:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give either path (local files) or dataset (a dataset of the Hub)")
-        other = {"name", "split", "revision"} if self.path else {"format"}
-        if ignored := sorted(name for name in other & self.model_fields_set if getattr(self, name) not in (None, "auto", "train")):
-            raise ValueError(f"{ignored[0]} means nothing for a {'path' if self.path else 'dataset'}; leave it out")
-        return self
-
-
-class TaskConfig(Section):
-    """Examples of a task instead of a text, one a row: `data` is a folder in the layout of the Hub's dataset, or the Hub."""
-
-    name: str
-    data: str | None = None
-    train_limit: Positive | None = None  # training rows, a random subset, the same as in `evaluate`; default: all
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class DataConfig(Section):
-    sources: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1)] | None = None
-    task: TaskConfig | None = None
-    sequence_length: Annotated[int, Field(ge=8, le=8192)] = 128
-    held_out: Fraction = 0.01  # share of the documents, chosen by their hash
-    packing: bool = False  # rows hold several texts: True keeps them invisible to each other
-    tokenizer: str | None = None  # default: the teacher's
-    store: str | None = None  # folder of the token store; default: beside the run
-
-    @pydantic.model_validator(mode="after")
-    def _one_kind(self) -> DataConfig:
-        if (self.sources is None) == (self.task is None):
-            raise ValueError(f"give either sources (a text) or task (a task's examples){', not both' if self.task else ''}")
-        if self.task and self.packing:
-            raise ValueError("packing: a row of a task holds one example; leave packing out")
-        for field in ("held_out", "store") if self.task else ():
-            if getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field}: means nothing for a task, which has a split of its own and no token store; leave it out")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _weights(self) -> DataConfig:
-        given = [source.weight is not None for source in self.sources or ()]
-        if any(given) and not all(given):
-            raise ValueError("give every source a weight, or none (then each is read once per epoch)")
-        return self
+Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
 class OptimizerConfig(Section):
@@ -158,10 +90,10 @@ class StudentConfig(Section):
     """A shape by name (`shape`) or by its numbers; numbers override the name. Unsaid numbers: see `students.py`."""
 
     shape: str | None = None
-    num_layers: Positive | None = None
-    num_heads: Positive | None = None
-    hidden_size: Positive | None = None
-    intermediate_size: Positive | None = None
+    num_layers: Annotated[int, Field(ge=1, le=200)] | None = None
+    num_heads: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
     initialise: (
         Literal["random", "first_k", "every_k", "distilbert"] | Annotated[tuple[int, ...], AsTuple] | CheckpointConfig | PreviousStudent
     ) = "random"
@@ -184,7 +116,10 @@ class TrainingConfig(Section):
     # What the students' gradients compute again instead of keeping it: attention weights; elementwise: all but products with weights
     rematerialise: Literal["none", "attention", "elementwise", "blocks"] = "none"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    freeze_after: Positive = 20  # updates in a row that are not finite; then the student is frozen, the others go on
+    freeze_after: Positive = 20  # skipped updates in a row (not finite, or a spike); then the student is frozen, the others go on
+    # A loss over this many times its running mean is a spike: the update is skipped. 0: none is. Default: 10, on a task 0
+    spike_factor: Annotated[float, Field(ge=0)] | None = None
+    rollbacks: Annotated[int, Field(ge=0)] = 1  # of a run in which no student is left: to the last good checkpoint, on other batches
     log_every: Positive = 20
     evaluate_every: Positive = 500
     evaluate_rows: Positive = 512  # held-out rows read by one evaluation, at most
@@ -236,14 +171,14 @@ class ExportConfig(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Students = Annotated[dict[str, StudentConfig], Field(min_length=1)]
 
 
 def _check_names(names, what: str) -> None:
     for name in names:
         if not NAME.fullmatch(name):
-            raise ValueError(f"{what} name {name!r} becomes a folder: use letters, digits, '.', '_' and '-'")
+            raise ValueError(f"{what} name {name!r} becomes a folder: use letters, digits, '.', '_' and '-', at most 100")
 
 
 def changed(section: Section, changes: Section | None):

@@ -13,7 +13,7 @@ from jaxdistill.layer_map import STRATEGIES, Pairs, layer_pairs
 
 # YAML has lists, frozen models want tuples; strict mode would refuse the one for the other.
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 

@@ -1,137 +1,168 @@
-"""The files of a token store: what they are called, how each is written whole or not at all, and what may be deleted."""
+"""The files of a token store: what they are called, what a complete one looks like, and what may be deleted."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
-import logging
-import os
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxdistill.data.shards import Shard
+from jaxdistill.data.source_files import HASHES
+from jaxdistill.data.storage import LOCK, Folder
 from jaxdistill.errors import InputError
 
 FORMAT = "jaxdistill token store"
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "held_out")
+KINDS = ("tokens", "segments", "crc")
 MANIFEST = "manifest.json"
-LOCK = "lock"
-PART_FILE = re.compile(r"\d{3,}-\d{6,}\.(json|(train|held_out)\.(tokens|segments))(\.tmp)?")
-
-logger = logging.getLogger(__name__)
-
-
-def row_file(source: int, part: int, split: str, kind: str) -> str:
-    """Name of the file with a part's rows: raw little-endian numbers, [rows, S]; kind is tokens or segments."""
-    return f"{source:03d}-{part:06d}.{split}.{kind}"
+DUPLICATES = "duplicates.json"  # there when all duplicates of all shards are marked
+# Of a shard, of a part of it (or of a part of an older version); no other file in the folder is ever opened, written or deleted.
+PART_FILE = re.compile(
+    r"(?P<shard>\d{3,}-\d{6,})(-\d{6,})?"
+    r"\.(json|(train|held_out)\.(tokens|segments|crc)|(?P<text>documents\.json|hashes|repeats))(\.tmp)?"
+)
 
 
-def record_file(source: int, part: int) -> str:
+def part_name(part: Mapping[str, Any]) -> str:
+    """How the names of a part's files begin; `part` is its record, or its entry in the manifest."""
+    return f"{part['source']:03d}-{part['shard']:06d}-{part['part']:06d}"
+
+
+def row_file(part: Mapping[str, Any], split: str, kind: str) -> str:
+    """Name of the file with a part's rows of one split, raw little-endian numbers.
+
+    The kind is tokens ([rows, S] in the manifest's dtype), segments ([rows, S] uint16) or crc ([rows] uint32: `row_checksums`).
+    """
+    return f"{part_name(part)}.{split}.{kind}"
+
+
+def record_file(part: Mapping[str, Any]) -> str:
     """Name of the file that says what a part holds; written last, so that the part is complete when it is there."""
-    return f"{source:03d}-{part:06d}.json"
+    return f"{part_name(part)}.json"
+
+
+def row_checksums(tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """CRC-32 of each row's bytes as they lie in the files, its tokens and then its segments: [rows] uint32, little-endian."""
+    rows = zip(tokens, segments, strict=True)
+    return np.fromiter((zlib.crc32(row_segments, zlib.crc32(row)) for row, row_segments in rows), "<u4", len(tokens))
+
+
+def shard_name(shard: Shard) -> str:
+    """How the names of a shard's files begin."""
+    return f"{shard.source:03d}-{shard.shard:06d}"
+
+
+def shard_file(shard: Shard) -> str:
+    """Name of the file that says how many parts a shard has, written after all of them."""
+    return f"{shard_name(shard)}.json"
 
 
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def write_whole(path: Path, data: bytes) -> str:
-    """Writes the file so that it is there with all of `data` or not at all, even if the machine stops; returns its sha256."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
+    """The mapping in a file; None if there is no such file, or something else in it."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return hashlib.sha256(data).hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete store, or None if there is none; a manifest.json of something else raises InputError."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+        value = json.loads(folder.read(name) or b"null")
+    except (ValueError, RecursionError):
         return None
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path}: not the manifest of a token store; give data.store another folder")
+    return value if isinstance(value, dict) else None
+
+
+def read_manifest(folder: Folder | Path) -> dict[str, Any] | None:
+    """The manifest of a complete store, or None if there is none; a manifest.json of something else raises InputError."""
+    folder = Folder(folder) if isinstance(folder, Path) else folder
+    if folder.read(MANIFEST) is None:
+        return None
+    manifest = read_json(folder, MANIFEST)
+    if manifest is None or manifest.get("format") != FORMAT:
+        raise InputError(f"{folder.place}/{MANIFEST}: not the manifest of a token store; give data.store another folder")
     return manifest
 
 
-def read_part(folder: Path, source: int, part: int, fingerprint: str) -> dict[str, Any] | None:
-    """The record of a part that is complete, undamaged and made from the same input, else None."""
-    try:
-        record = json.loads((folder / record_file(source, part)).read_bytes())
-    except FileNotFoundError:
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def read_part(folder: Folder, shard: Shard, part: int, *, check_files: bool) -> dict[str, Any] | None:
+    """The record of a part that is complete and made from the same input, else None; `check_files`: and undamaged."""
+    place = {"source": shard.source, "shard": shard.shard, "part": part}
+    record = read_json(folder, record_file(place))
+    if record is None or record.get("fingerprint") != shard.fingerprint or any(record.get(key) != value for key, value in place.items()):
         return None
-    if record["fingerprint"] != fingerprint:
-        return None
-    for name, digest in record["files"].items():
-        try:
-            with open(folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return None
-        except FileNotFoundError:
+    for what in ("documents", "tokens", "rows"):
+        counts = record.get(what)
+        if not isinstance(counts, dict) or not all(_is_count(counts.get(split)) for split in SPLITS):
             return None
+    names = {row_file(place, split, kind) for split in SPLITS for kind in KINDS if record["rows"][split]}
+    files = record.get("files")
+    if not _is_count(record.get("bytes")) or not isinstance(files, dict) or files.keys() != names:
+        return None
+    if check_files and not all(isinstance(digest, str) and folder.holds(name, digest) for name, digest in files.items()):
+        return None
     return record
 
 
-def open_folder(folder: Path) -> None:
-    """Makes the folder of a store, or checks that an existing one holds nothing else (InputError): what is stale in it gets deleted."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made a folder: {error.strerror}") from error
+def read_shard(folder: Folder, shard: Shard, *, check_files: bool) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """The record of a shard that is finished, and those of its parts; else None."""
+    record = read_json(folder, shard_file(shard))
+    if record is None or record.get("fingerprint") != shard.fingerprint:
+        return None
+    if not all(_is_count(record.get(what)) for what in ("parts", "skipped", "invalid_utf8", "duplicates")):
+        return None
+    parts = []
+    for number in range(record["parts"]):
+        part = read_part(folder, shard, number, check_files=check_files)
+        if part is None:
+            return None
+        parts.append(part)
+    return record, parts
+
+
+def check_own(folder: Folder) -> None:
+    """Raises InputError when the folder holds anything but a token store: what is stale in it gets deleted."""
     read_manifest(folder)
-    own = (MANIFEST, MANIFEST + ".tmp", LOCK)
-    foreign = sorted(name for name in os.listdir(folder) if name not in own and not PART_FILE.fullmatch(name))
+    own = (MANIFEST, MANIFEST + ".tmp", LOCK, HASHES, HASHES + ".tmp", DUPLICATES, DUPLICATES + ".tmp")
+    foreign = sorted(name for name in folder.names() if name not in own and not PART_FILE.fullmatch(name))
     if foreign:
-        raise InputError(f"{folder}: holds {foreign[0]!r}, which is no part of a token store; give data.store an empty or new folder")
+        raise InputError(f"{folder.place}: holds {foreign[0]!r}, which is no part of a token store; give data.store an empty or new folder")
 
 
-def remove_parts(folder: Path, *, except_fingerprint: str | None = None) -> None:
-    """Deletes the manifest, then every part that was not made from the input with this fingerprint."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    keep: set[str] = set()
-    for path in folder.glob("*.json"):
-        record = json.loads(path.read_bytes())
-        if record["fingerprint"] == except_fingerprint:
-            keep |= {path.name, *record["files"]}
-    for name in os.listdir(folder):
-        if PART_FILE.fullmatch(name) and name not in keep:
-            (folder / name).unlink()
+def remove_stale(folder: Folder, shards: Iterable[Shard], *, keep_text: bool) -> None:
+    """Deletes the manifest, then every file that is not of a finished part of one of these shards.
+
+    `keep_text`: also what was found of their documents stays, for the search of duplicates.
+    """
+    folder.delete(MANIFEST)
+    by_name = {shard_name(shard): shard for shard in shards}
+    kept: dict[str, bool] = {}  # by the name of a record
+    for name in sorted(folder.names()):
+        found = PART_FILE.fullmatch(name)
+        if found is None:
+            continue
+        shard = by_name.get(found["shard"])
+        if found["text"]:
+            record, fingerprint = f"{found['shard']}.documents.json", shard and keep_text and shard.text
+        else:
+            record, fingerprint = f"{name.partition('.')[0]}.json", shard and shard.fingerprint
+        if record not in kept:
+            kept[record] = bool(fingerprint) and (read_json(folder, record) or {}).get("fingerprint") == fingerprint
+        if name.endswith(".tmp") or not kept[record]:
+            folder.delete(name)
+    if not keep_text:
+        folder.delete(DUPLICATES)
 
 
-def remove_store(folder: Path) -> None:
-    """Deletes the manifest and all parts, and the folder if that leaves it empty."""
-    remove_parts(folder)
-    (folder / LOCK).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the store's lock; while another process prepares the same store, says so and waits. The lock dies with its process."""
-    try:
-        file = open(folder / LOCK, "w")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written to: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("%s: another process is preparing this token store; waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def remove_text(folder: Folder) -> None:
+    """Deletes what was kept for the search of duplicates."""
+    folder.delete(DUPLICATES)
+    for name in folder.names():
+        if (found := PART_FILE.fullmatch(name)) and found["text"]:
+            folder.delete(name)

@@ -48,7 +48,7 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     return images.astype(np.int64)
 
 
-def _shares(total: int, weights: Sequence[float]) -> list[int]:
+def shares(total: int, weights: Sequence[float]) -> list[int]:
     """`total` divided in proportion to the weights; what rounding leaves goes to the largest remainders."""
     exact = np.array(weights, np.float64) / np.sum(weights) * total
     counts = np.floor(exact).astype(np.int64)
@@ -63,24 +63,39 @@ class RowOrder:
     Without weights each epoch is a permutation of all rows. With weights an epoch of N = all rows draws round(share * N) times from
     each source, evenly interleaved, and a source's draws walk through permutation after permutation of its own rows, on across the
     epochs: no row of it comes twice before each has come once.
+
+    Args:
+      rows_per_source: how many rows each source has; they lie one source after the other.
+      weights: of each pool.
+      pools: numbers of the sources that are drawn from as if they were one; default: each by itself.
     """
 
-    def __init__(self, rows_per_source: Sequence[int], weights: Sequence[float] | None, seed: int):
+    def __init__(
+        self,
+        rows_per_source: Sequence[int],
+        weights: Sequence[float] | None,
+        seed: int,
+        pools: Sequence[Sequence[int]] | None = None,
+    ):
         self.rows_per_epoch = sum(rows_per_source)
         if self.rows_per_epoch == 0:
             raise InputError("data.sources: no rows to train on")
         self.seed = seed
+        # Of each stream: where its sources' rows begin among its own and in the store, how many it has, its draws per epoch.
+        self._streams: list[tuple[np.ndarray, np.ndarray, int, int]] = []
         if weights is None:
-            self._streams = [(0, self.rows_per_epoch, self.rows_per_epoch)]
+            self._streams = [(np.zeros(1, np.int64), np.zeros(1, np.int64), self.rows_per_epoch, self.rows_per_epoch)]
             return
-        counts = _shares(self.rows_per_epoch, weights)
-        starts = np.cumsum([0, *rows_per_source]).tolist()
-        self._streams = list(zip(starts, rows_per_source, counts, strict=False))  # (first row, rows, draws per epoch)
-        for i, (_, num_rows, count) in enumerate(self._streams):
-            if num_rows == 0:
-                raise InputError(f"data.sources.{i}.weight: the source has no rows to train on, so that it cannot have a share")
+        sizes, starts = np.array(rows_per_source, np.int64), np.cumsum([0, *rows_per_source])
+        pools = [[i] for i in range(len(sizes))] if pools is None else pools
+        for pool, count in zip(pools, shares(self.rows_per_epoch, weights), strict=True):
+            own = sizes[list(pool)]
+            where = "data.sources." + ", data.sources.".join(map(str, pool))
+            if not own.any():
+                raise InputError(f"{where}: no rows to train on, so that it cannot have a share (weight)")
             if count == 0:
-                raise InputError(f"data.sources.{i}.weight: its share of an epoch of {self.rows_per_epoch} rows is less than one row")
+                raise InputError(f"{where}: its share (weight) of an epoch of {self.rows_per_epoch} rows is less than one row")
+            self._streams.append((np.cumsum([0, *own[:-1]]), starts[list(pool)], int(own.sum()), count))
 
     def rows(self, sample_numbers: np.ndarray) -> np.ndarray:
         """Row numbers, int64 [n], of the samples 0, 1, 2, ... (int64 [n])."""
@@ -88,12 +103,14 @@ class RowOrder:
         result = np.empty(slot.shape, np.int64)
         open_samples = np.arange(len(slot))
         open_slots = self.rows_per_epoch
-        for stream, (first_row, num_rows, count) in enumerate(self._streams):
+        for stream, (firsts, places, num_rows, count) in enumerate(self._streams):
             # Of the slots still open this stream takes `count`, as a line drawn with the slope count / open_slots.
             drawn = slot * count // open_slots
             mine = (slot + 1) * count // open_slots > drawn
             passes, position = np.divmod(epoch[mine] * count + drawn[mine], num_rows)
-            result[open_samples[mine]] = first_row + permute(position, num_rows, self._keys(stream, passes))
+            drawn_rows = permute(position, num_rows, self._keys(stream, passes))
+            source = np.searchsorted(firsts, drawn_rows, side="right") - 1  # an empty one begins where the next does
+            result[open_samples[mine]] = drawn_rows - firsts[source] + places[source]
             others = ~mine
             epoch, slot, open_samples = epoch[others], (slot - drawn)[others], open_samples[others]
             open_slots -= count

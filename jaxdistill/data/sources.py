@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import codecs
-import glob
-import gzip
-import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxdistill.config import SourceConfig
+from jaxdistill.data.source_files import (
+    LARGEST_DOCUMENT,
+    Hashes,
+    SourceFile,
+    file_contents,
+    file_format,
+    open_bytes,
+    read_lines,
+    source_files,
+)
 from jaxdistill.errors import InputError
+from jaxdistill.urls import is_url, without_secrets
 
-EXTENSIONS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text")}
 PARQUET_ROWS = 1024  # read at once; a document may be long
 PARQUET_BUFFER = 1 << 20  # bytes; without it pyarrow holds a whole column chunk
-LARGEST_DOCUMENT = 64 << 20  # bytes between two blank lines; tokenising takes about a hundred times as much memory
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Document = tuple[str | None, bool]  # the text (None: a null), and whether it was valid UTF-8
@@ -33,7 +36,8 @@ class DocumentCounts:
     documents: int = 0
     skipped: int = 0  # null, empty or only whitespace
     invalid_utf8: int = 0  # documents in which bytes had to be replaced
-    bytes_read: int = 0  # of the local files as they lie on disk
+    duplicates: int = 0  # left out because they stand elsewhere before
+    bytes_read: int = 0  # of the files as they lie on disk
 
 
 def source_name(source: SourceConfig) -> str:
@@ -41,38 +45,6 @@ def source_name(source: SourceConfig) -> str:
     if source.path is not None:
         return source.path
     return f"{source.dataset}/{source.name}" if source.name else str(source.dataset)
-
-
-def file_format(path: Path) -> str | None:
-    """Which of `EXTENSIONS` the name ends in, .gz aside; parquet is never gzipped as a file."""
-    name = path.name.lower()
-    for known, extensions in EXTENSIONS.items():
-        if name.endswith(extensions) or (known != "parquet" and name.removesuffix(".gz").endswith(extensions)):
-            return known
-    return None
-
-
-def local_files(source: SourceConfig) -> list[tuple[str, Path]]:
-    """(name, path) of each file of a local source, in the order of reading; the name does not depend on where the source lies."""
-    path = Path(str(source.path)).expanduser()
-    known = ", ".join(extension for extensions in EXTENSIONS.values() for extension in extensions)
-    if path.is_file():
-        return [(path.name, path)]
-    if path.is_dir():
-        names = sorted(
-            relative.as_posix()
-            for relative in (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-            if file_format(relative) in ((source.format,) if source.format != "auto" else tuple(EXTENSIONS))
-            and not any(part.startswith(".") for part in relative.parts)
-        )
-        if not names:
-            raise InputError(f"{source.path}: no text files in this folder; known are {known} (name others by a glob, with a format)")
-        return [(name, path / name) for name in names]
-    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
-    if not matches:
-        kind = "no file matches this glob" if glob.has_magic(str(path)) else "no such file or folder"
-        raise InputError(f"{source.path}: {kind}")
-    return [(match.name, match) for match in matches]
 
 
 def read_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[str]:
@@ -84,7 +56,12 @@ def read_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[str
     Raises:
       InputError: a file, column or dataset that is not there or cannot be read; names the file, and the line where there is one.
     """
-    for text, valid in _local_documents(source, counts) if source.path is not None else _hub_documents(source):
+    return with_text(source_documents(source, counts), counts)
+
+
+def with_text(documents: Iterable[Document], counts: DocumentCounts) -> Iterator[str]:
+    """Those that hold text; counts them, and what was left out or repaired."""
+    for text, valid in documents:
         if not text or text.isspace():
             counts.skipped += 1
             continue
@@ -93,36 +70,47 @@ def read_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[str
         yield text
 
 
+def source_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[Document]:
+    """Every document of a source, also the empty ones."""
+    if source.path is None:
+        yield from hub_documents(source, hub_stream(source), source_name(source))
+    else:
+        for file in source_files(source):
+            yield from file_documents(source, file.path, counts)
+
+
 def read_labelled(source: SourceConfig, label_column: str) -> Iterator[tuple[str, str]]:
     """(label, document) of each row that holds text, in the order of `read_documents`; a row without a label has the label "-".
 
     Raises:
       InputError: as `read_documents`, or a text file, which has no columns.
     """
-    for _, path in local_files(source) if source.path is not None else []:
-        if (file_format(path) if source.format == "auto" else source.format) == "text":
-            raise InputError(f"{path}: a text file has no column {label_column!r}; parquet and jsonl have columns")
+    for file in source_files(source) if source.path is not None else []:
+        if (file_format(file.path) if source.format == "auto" else source.format) == "text":
+            raise InputError(f"{file.path}: a text file has no column {label_column!r}; parquet and jsonl have columns")
 
     def column(name: str) -> Iterator[Document]:
-        own = source.model_copy(update={"column": name})
-        return _local_documents(own, DocumentCounts()) if source.path is not None else _hub_documents(own)
+        return source_documents(source.model_copy(update={"column": name}), DocumentCounts())
 
     for (text, _), (label, _) in zip(column(source.column), column(label_column), strict=True):
         if text and not text.isspace():
             yield label or "-", text
 
 
-def _local_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[Document]:
-    for _, path in local_files(source):
-        kind = file_format(path) if source.format == "auto" else source.format
-        if kind is None:
-            raise InputError(f"{path}: unknown kind of file; say format: parquet, jsonl or text")
-        if kind == "parquet":
-            yield from _parquet_documents(path, source.column, counts)
-        elif kind == "jsonl":
-            yield from _jsonl_documents(path, source.column, counts)
-        else:
-            yield from _text_documents(path, counts)
+def file_documents(source: SourceConfig, path: str, counts: DocumentCounts) -> Iterator[Document]:
+    """Every document of one file of a source; `counts` learns how much of the file has been read."""
+    kind = file_format(path) if source.format == "auto" else source.format
+    if kind is None:
+        raise InputError(f"{path}: unknown kind of file; say format: parquet, jsonl or text")
+    if kind == "parquet":
+        yield from _parquet_documents(path, source.column, counts)
+        return
+    before, bytes_read = counts.bytes_read, [0]
+    lines = read_lines(path, bytes_read)
+    for document in _jsonl_documents(path, lines, source.column) if kind == "jsonl" else _text_documents(path, lines):
+        counts.bytes_read = before + bytes_read[0]
+        yield document
+    counts.bytes_read = before + bytes_read[0]
 
 
 def _decode(data: bytes) -> tuple[str, bool]:
@@ -132,49 +120,46 @@ def _decode(data: bytes) -> tuple[str, bool]:
         return data.decode("utf-8", "replace"), False
 
 
-def _parquet_documents(path: Path, column: str, counts: DocumentCounts) -> Iterator[Document]:
+def _parquet_documents(path: str, column: str, counts: DocumentCounts) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    before, size, rows_done = counts.bytes_read, path.stat().st_size, 0
+    before, rows_done = counts.bytes_read, 0
     try:
-        with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER) as file:
-            schema = file.schema_arrow
-            if column not in schema.names:
-                raise InputError(f"{path}: no column {column!r}; its columns are {', '.join(schema.names)}")
-            kind = schema.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                raise InputError(f"{path}: column {column!r} holds {kind}, not text")
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-                # As bytes: pyarrow does not check UTF-8 on reading and would raise on the first bad row.
-                for value in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    yield (None, True) if value is None else _decode(value)
-                rows_done += batch.num_rows
-                counts.bytes_read = before + size * rows_done // file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet: {error}") from error
+        with open_bytes(path) as raw:
+            size = raw.seek(0, 2)
+            with pq.ParquetFile(raw if is_url(path) else path, buffer_size=PARQUET_BUFFER) as file:
+                _check_column(file.schema_arrow, column, path)
+                for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+                    # As bytes: pyarrow does not check UTF-8 on reading and would raise on the first bad row.
+                    for value in batch.column(0).cast(pa.large_binary()).to_pylist():
+                        yield (None, True) if value is None else _decode(value)
+                    rows_done += batch.num_rows
+                    counts.bytes_read = before + size * rows_done // file.metadata.num_rows
+    except InputError:
+        raise
+    except Exception as error:  # ArrowException, OSError, and whatever clients of object storage raise
+        raise InputError(f"{path}: cannot be read as parquet: {without_secrets(str(error))}") from error
 
 
-def _lines(path: Path, counts: DocumentCounts) -> Iterator[bytes]:
-    before = counts.bytes_read
-    try:
-        with open(path, "rb") as raw:
-            lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-            for number, line in enumerate(lines):
-                counts.bytes_read = before + raw.tell()
-                yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read to its end: {error}") from error
+def _check_column(schema: Any, column: str, path: str) -> None:
+    import pyarrow as pa
+
+    if column not in schema.names:
+        raise InputError(f"{path}: no column {column!r}; its columns are {', '.join(schema.names)}")
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise InputError(f"{path}: column {column!r} holds {kind}, not text")
 
 
-def _jsonl_documents(path: Path, column: str, counts: DocumentCounts) -> Iterator[Document]:
-    for number, line in enumerate(_lines(path, counts), start=1):
+def _jsonl_documents(path: str, lines: Iterable[bytes], column: str) -> Iterator[Document]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         decoded, valid = _decode(line)
         try:
             record = json.loads(decoded)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not JSON ({error}); one object per line is needed") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: a {type(record).__name__}, not an object; one object per line is needed")
@@ -195,10 +180,10 @@ def _field(record: dict[str, Any], column: str, where: str) -> str | None:
     return record[column]
 
 
-def _text_documents(path: Path, counts: DocumentCounts) -> Iterator[Document]:
+def _text_documents(path: str, lines: Iterable[bytes]) -> Iterator[Document]:
     block: list[bytes] = []
     size = 0
-    for line in _lines(path, counts):
+    for line in lines:
         if line.strip():
             block.append(line.rstrip(b"\r\n"))
             size += len(line)
@@ -211,16 +196,21 @@ def _text_documents(path: Path, counts: DocumentCounts) -> Iterator[Document]:
         yield _decode(b"\n".join(block))
 
 
-def _hub_documents(source: SourceConfig) -> Iterator[Document]:
+def hub_stream(source: SourceConfig) -> Any:
+    """A dataset of the Hub as an `IterableDataset`; asks the Hub what it consists of, which takes seconds."""
     import datasets
 
-    where = source_name(source)
     try:
         stream = datasets.load_dataset(source.dataset, name=source.name, split=source.split, revision=source.revision, streaming=True)
     except Exception as error:  # as many types as there are storage clients under it
-        raise InputError(f"{where}: the dataset of the Hub cannot be opened: {error}") from error
+        raise InputError(f"{source_name(source)}: the dataset of the Hub cannot be opened: {without_secrets(str(error))}") from error
     if stream.column_names is not None and source.column in stream.column_names:
         stream = stream.select_columns([source.column])  # the others of a parquet file are not downloaded
+    return stream
+
+
+def hub_documents(source: SourceConfig, stream: Any, where: str) -> Iterator[Document]:
+    """Every document of a dataset of the Hub or of a shard of it; `where` names it in errors."""
     number, examples = 0, iter(stream)
     while True:
         try:
@@ -228,7 +218,8 @@ def _hub_documents(source: SourceConfig) -> Iterator[Document]:
         except StopIteration:
             return
         except Exception as error:
-            raise InputError(f"{where}: the dataset of the Hub broke off at row {number}: {error}; start again to go on") from error
+            reason = without_secrets(str(error))
+            raise InputError(f"{where}: the dataset of the Hub broke off at row {number}: {reason}; start again to go on") from error
         yield _field(example, source.column, f"{where}, {source.split}, row {number}"), True
         number += 1
 
@@ -248,15 +239,17 @@ def _resolved_revision(source: SourceConfig) -> str:
 
 
 def source_fingerprint(source: SourceConfig) -> dict[str, Any]:
-    """What the source holds: name, size and sha256 of each file, or the dataset with the commit that its revision means now."""
+    """What the source holds: name, size and sha256 of each file, or the dataset with the commit that its revision means now.
+
+    Files on object storage are not read for this: instead of the sha256 stands what their store says of them, a hash, a tag or a time
+    (the best of `CONTENT_FIELDS`). A copy in another store may so be taken for another text.
+    """
+    return found_source(source, Hashes())[0]
+
+
+def found_source(source: SourceConfig, hashes: Hashes) -> tuple[dict[str, Any], list[SourceFile]]:
+    """The source's fingerprint, and its files in the order of reading (none of a dataset)."""
     if source.path is None:
-        return {"dataset": source.dataset, "name": source.name, "split": source.split, "revision": _resolved_revision(source)}
-    files = []
-    for name, path in local_files(source):
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        files.append({"name": name, "size": path.stat().st_size, "sha256": digest})
-    return {"files": files}
+        return {"dataset": source.dataset, "name": source.name, "split": source.split, "revision": _resolved_revision(source)}, []
+    files = source_files(source)
+    return {"files": file_contents(files, hashes)}, files

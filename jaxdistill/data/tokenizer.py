@@ -54,7 +54,7 @@ def _load(path_or_hub_id: str | Path) -> Any:
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{folder}: no tokenizer files there; it should hold {TOKENIZER_FILES[0]} (or {', '.join(TOKENIZER_FILES[1:])})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_hub_id))
+        tokenizer = AutoTokenizer.from_pretrained(str(path_or_hub_id), trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the Hub's client raise unrelated types, among them plain Exception
         if folder.is_dir():
             raise InputError(f"{folder}: the tokenizer there cannot be loaded: {_first_line(error)}") from error

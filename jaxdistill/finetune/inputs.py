@@ -41,8 +41,6 @@ def resolve_models(config: EvaluationConfig) -> list[Evaluated]:
     Raises:
       InputError: none given, no such model, no tokenizer or another model's.
     """
-    if jax.process_count() > 1:
-        raise InputError("several processes: fine-tuning runs in one, on all of its devices; start it on one host")
     if not config.models:
         raise InputError("models: which? give the folder of a model or a run, or a Hub id")
     found = []
@@ -174,4 +172,5 @@ def dtype_of(config: EvaluationConfig) -> str:
 
 def trainer_of(model: Evaluated, loaded: tuple[EncoderConfig, dict], data: TaskData, config: EvaluationConfig) -> Trainer:
     shape = dataclasses.replace(loaded[0], labels=data.task.outputs)
-    return Trainer(Settings.create(shape, dtype_of(config), config.protocol), data, loaded[1], config.protocol, create_mesh(config.mesh))
+    mesh = create_mesh(config.mesh, jax.local_devices())  # of several processes one fine-tunes
+    return Trainer(Settings.create(shape, dtype_of(config), config.protocol), data, loaded[1], config.protocol, mesh)

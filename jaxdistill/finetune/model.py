@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def finetune(config: EvaluationConfig, *, overwrite: bool = False) -> Path:
     """
     if not config.output:
         raise InputError("output: which folder is the model to be written to? give output=FOLDER")
-    output, tasks = Path(config.output).expanduser().absolute(), find_tasks(config.tasks)
+    output, tasks = Path(os.path.expanduser(config.output)).absolute(), find_tasks(config.tasks)
     if not config.train:
         raise InputError("train: finetune trains; scores of a model as it is come from evaluate with train=false")
     if len(tasks) != 1:

@@ -20,7 +20,7 @@ from jaxdistill.models.attention import attention_kernel, not_fused
 from jaxdistill.models.config import EncoderConfig, label_order
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import Classifier, MLMHead, Pooler
-from jaxdistill.models.hub import find_model, weights_sha256
+from jaxdistill.models.hub import find_model, hub_origin, network_errors, pinned, refusal, split_revision, weights_sha256
 from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained, with_mlm_head
 from jaxdistill.models.int8 import in_int8, is_int8
 from jaxdistill.row_keys import RowKeys
@@ -32,6 +32,7 @@ __all__ = [
     "encode",
     "find_model",
     "forward",
+    "hub_origin",
     "in_int8",
     "init_params",
     "is_read",
@@ -41,9 +42,13 @@ __all__ = [
     "load_config",
     "load_pretrained",
     "mlm_logits",
+    "network_errors",
     "not_fused",
     "num_parameters",
+    "pinned",
+    "refusal",
     "save_pretrained",
+    "split_revision",
     "weights_sha256",
     "with_mlm_head",
 ]

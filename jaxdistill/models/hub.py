@@ -1,4 +1,4 @@
-"""Where a model lies: a folder here, or a snapshot of the Hub."""
+"""Where a model lies: a folder here, or a snapshot of the Hub at one commit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jaxdistill.errors import InputError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Top level only: repositories also carry ONNX, OpenVINO and TensorFlow copies of the weights.
+_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# What is fetched of a repository, which may also hold ONNX, OpenVINO, TensorFlow and pickled copies of the weights.
 _FILES = [
     "config.json",
     "model.safetensors",
@@ -20,45 +21,109 @@ _FILES = [
     "special_tokens_map.json",
 ]
 _FILES += ["vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "added_tokens.json"]
+_FILES += ["mlm/config.json", "mlm/model.safetensors"]  # as an export has its MLM head
+_CARD = "README.md"  # it says the licence
 
 
 def find_model(path_or_hub_id: str | Path) -> Path:
-    """The folder of a model; a Hub id (`name` or `owner/name`) is fetched into the Hub's own cache first.
+    """The folder of a model; one of the Hub (`name`, `owner/name`, `owner/name@revision`) is fetched into the Hub's own cache first.
 
     Raises:
-      InputError: neither a folder nor a model of the Hub, or the Hub cannot be reached.
+      InputError: neither a folder nor a model of the Hub, a revision that it does not have, or the Hub cannot be reached.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(path_or_hub_id))
+    if os.path.isdir(path):  # which is False for what cannot be a path at all
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise InputError(f"{path}: not a model folder but a file; give the folder that holds config.json and model.safetensors")
     name = str(path_or_hub_id)
-    if not _HUB_ID.fullmatch(name):
-        raise InputError(f"{name}: no such model folder")
-    return _fetch(name)
+    hub_id, revision = split_revision(name)
+    if not _HUB_ID.fullmatch(name) or ".." in name:
+        raise InputError(f"{name if name.isprintable() else repr(name)}: no such model folder")
+    return _fetch(name, hub_id, revision)
 
 
-def _fetch(name: str) -> Path:
-    import huggingface_hub
+def split_revision(name: str) -> tuple[str, str | None]:
+    """`owner/name@revision` in its two parts; what is no Hub id is left whole."""
+    found = _HUB_ID.fullmatch(name)
+    return (found["name"], found["revision"]) if found else (name, None)
+
+
+def hub_origin(folder: Path) -> tuple[str, str] | None:
+    """Hub id and commit of a folder that is a snapshot in the Hub's cache; None: any other folder."""
+    repo = folder.absolute().parent.parent.name
+    if folder.absolute().parent.name != "snapshots" or not repo.startswith("models--") or not COMMIT.fullmatch(folder.name):
+        return None
+    return repo.removeprefix("models--").replace("--", "/"), folder.name
+
+
+def pinned(path_or_hub_id: str) -> str:
+    """A Hub id with the commit that it means now, as `owner/name@commit`; a folder's path as it is. Raises as `find_model`."""
+    folder = find_model(path_or_hub_id)
+    origin = None if os.path.isdir(os.path.expanduser(path_or_hub_id)) else hub_origin(folder)
+    return f"{split_revision(path_or_hub_id)[0]}@{origin[1]}" if origin else path_or_hub_id
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises when something else than its caller is at fault: its own errors and those of httpx below it."""
+    from huggingface_hub import errors
+
+    # Which httpx it uses (httpx, httpx2) depends on its version; its own errors derive from that one's.
+    http = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    return http, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError
+
+
+def refusal(error: Exception) -> str:
+    """Why the Hub did not do what it was asked for, in a few words; no token, no address with one."""
+    chain, seen = [error], error
+    while (seen := seen.__cause__ or seen.__context__) and len(chain) < 10:
+        chain.append(seen)
+    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
+    status = next((status for status in statuses if status), None)
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return "the Hub could not be reached (HF_HUB_OFFLINE is set)"
+    if status == 401:
+        return "the Hub does not accept the token; log in again with `hf auth login`, or correct HF_TOKEN"
+    if status == 403:
+        return "the Hub forbids it (403): the token lacks the permission; give one that has it (`hf auth login`)"
+    where = f" at {os.environ['HF_ENDPOINT']} (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else ""
+    if status:
+        return f"the Hub{where} answered {status}; try again later"
+    return f"the Hub{where} could not be reached: {type(chain[-1]).__name__}"
+
+
+def _fetch(name: str, hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
+        return _snapshot(hub_id, revision)
     except errors.HFValidationError:
         raise InputError(f"{name}: no such model folder, and the Hub has no such names") from None
     except errors.GatedRepoError:
         raise InputError(f"{name}: a gated model of the Hub; accept its terms there and log in with `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{name}: the Hub has the model but no revision {revision!r} of it") from None
     except errors.RepositoryNotFoundError:
         raise InputError(
             f"{name}: neither a folder here nor a model that the Hub shows you (a private one needs `hf auth login`)"
         ) from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    except network_errors() as error:
         raise InputError(
-            f"{name}: no such folder here, and the Hub could not be reached{offline}: {type(error).__name__}; "
-            f"check the network, or give the folder of a downloaded model"
+            f"{name}: no such folder here, and {refusal(error)}; check the network, or give the folder of a downloaded model"
         ) from None
+
+
+def _snapshot(hub_id: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=[*_FILES, _CARD]))
+    except errors.LocalEntryNotFoundError as error:
+        try:  # without a network, what another tool fetched may lack the card
+            return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_FILES, local_files_only=True))
+        except network_errors():
+            raise error from error.__cause__  # which says what the Hub answered
 
 
 def weights_sha256(folder: Path) -> str:

@@ -16,29 +16,11 @@ from safetensors.numpy import save_file
 
 from jaxdistill.errors import InputError
 from jaxdistill.models.config import EncoderConfig
-from jaxdistill.models.hub import find_model
+from jaxdistill.models.config_file import CLASSIFICATION, CONFIG_FIELDS, FAMILIES, read_config, read_json
+from jaxdistill.models.hub import find_model, hub_origin
 
-# config.json -> EncoderConfig, and the value that transformers assumes where a file says nothing (None: it must say).
-_CONFIG_FIELDS = {
-    "vocab_size": ("vocab_size", None),
-    "num_hidden_layers": ("num_layers", None),
-    "num_attention_heads": ("num_heads", None),
-    "hidden_size": ("hidden_size", None),
-    "intermediate_size": ("intermediate_size", None),
-    "max_position_embeddings": ("max_position_embeddings", 512),
-    "type_vocab_size": ("type_vocab_size", 2),
-    "hidden_act": ("activation", "gelu"),
-    "layer_norm_eps": ("layer_norm_eps", 1e-12),
-    "initializer_range": ("initializer_range", 0.02),
-    "hidden_dropout_prob": ("hidden_dropout", 0.1),
-    "attention_probs_dropout_prob": ("attention_dropout", 0.1),
-    "pad_token_id": ("pad_token_id", {"bert": 0, "roberta": 1, "xlm-roberta": 1}),
-    "bos_token_id": ("bos_token_id", {"bert": None, "roberta": 0, "xlm-roberta": 0}),
-    "eos_token_id": ("eos_token_id", {"bert": None, "roberta": 2, "xlm-roberta": 2}),
-    "classifier_dropout": ("classifier_dropout", {"bert": None, "roberta": None, "xlm-roberta": None}),
-}
-_FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 _PREFIX = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 _LINEAR = (("weight", "kernel"), ("bias", "bias"))
@@ -69,9 +51,9 @@ _CLASSIFIER = {
     "bert": {"classifier": "output"},
     "roberta": {"classifier.dense": "dense", "classifier.out_proj": "output"},
 }
-_CLASSIFICATION = "ForSequenceClassification"
 # Buffers, and BERT's next-sentence head, which no distillation reads.
 _IGNORED = re.compile(r"(.*\.)?embeddings\.position_ids|cls\.seq_relationship\.(weight|bias)")
+_SHARD = re.compile(r"model[\w.-]*\.safetensors")
 
 
 def weight_names(config: EncoderConfig, *, base_prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -99,63 +81,7 @@ def load_config(path_or_hub_id: str | Path) -> EncoderConfig:
     Raises:
       InputError: no such model, no readable config.json, or an architecture other than BERT, RoBERTa and XLM-R.
     """
-    return _read_config(find_model(path_or_hub_id))
-
-
-def _read_config(folder: Path) -> EncoderConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(f"{folder}: not a model folder, it has no config.json")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        family = values.get("model_type")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise InputError(f"{file}: not a JSON object: {error}") from None
-    if not isinstance(family, str) or family not in _FAMILIES:
-        raise InputError(f"{file}: unsupported architecture {family!r} (model_type); supported: {', '.join(_FAMILIES)}")
-    fields = {}
-    for name, (field, default) in _CONFIG_FIELDS.items():
-        default = default[family] if isinstance(default, dict) else default
-        if name not in values and default is None and not name.endswith(("_token_id", "_dropout")):
-            raise InputError(f"{file}: missing {name!r}")
-        fields[field] = _checked(values.get(name, default), name, file)
-    if fields["activation"] not in ("gelu", "gelu_new", "relu"):
-        raise InputError(f"{file}: hidden_act {fields['activation']!r} is not supported; supported: gelu, gelu_new, relu")
-    if values.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(f"{file}: position_embedding_type {values['position_embedding_type']!r} is not supported; only absolute is")
-    if values.get("is_decoder"):
-        raise InputError(f"{file}: is_decoder is set; only encoders are supported")
-    if fields["hidden_size"] % fields["num_heads"]:
-        raise InputError(f"{file}: hidden_size {fields['hidden_size']} does not divide into {fields['num_heads']} heads")
-    return EncoderConfig(family=family, labels=_label_names(values, file), **fields)
-
-
-def _label_names(values: dict, file: Path) -> tuple[str, ...]:
-    """Of a model for sequence classification, by their numbers; a config.json of another model may name labels that it does not use."""
-    if not any(str(name).endswith(_CLASSIFICATION) for name in values.get("architectures") or ()):
-        return ()
-    names = values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(names, dict) or sorted(names) != sorted(str(i) for i in range(len(names))):
-        raise InputError(f"{file}: id2label is not a name for each of the numbers 0, 1, ...")
-    return tuple(str(names[str(i)]) for i in range(len(names)))
-
-
-def _checked(value, name: str, file: Path):
-    """The value of a field of config.json if it is of the field's kind."""
-    if name == "hidden_act":  # its names are checked where they are known
-        return value
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name == "classifier_dropout":
-        good, kind = value is None or (is_number and 0 <= value < 1), "a rate or null"
-    elif name.endswith("_token_id"):
-        good, kind = (value is None and name != "pad_token_id") or (isinstance(value, int) and value >= 0), "a token's number"
-    elif name.endswith(("_eps", "_range", "_prob")):
-        good, kind = is_number and value >= 0, "a number"
-    else:
-        good, kind = is_number and isinstance(value, int) and value >= 1, "a whole number of at least 1"
-    if not good:
-        raise InputError(f"{file}: {name} is {value!r}, not {kind}")
-    return value
+    return read_config(find_model(path_or_hub_id))
 
 
 def with_mlm_head(folder: Path) -> Path | None:
@@ -181,7 +107,7 @@ def load_pretrained(path_or_hub_id: str | Path) -> tuple[EncoderConfig, dict]:
       InputError: no such model, weights as pickle, a damaged file, a tensor missing, left over or of another shape.
     """
     folder = find_model(path_or_hub_id)
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors = {_modern_name(name): value for name, value in _read_tensors(folder).items() if not _IGNORED.fullmatch(name)}
     prefix = f"{_PREFIX[config.family]}."
     base_prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
@@ -265,12 +191,16 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            outside = any(Path(name).name != name for name in names)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            outside = any(Path(name).name != name or "\0" in name for name in names)
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index}: not an index of safetensors files (no weight_map from weights to file names)") from None
         if outside:
             raise InputError(f"{index}: names a file outside its folder")
+        if foreign := [name for name in names if not _SHARD.fullmatch(name)]:  # whose hash would not be taken either
+            raise InputError(f"{index}: names {foreign[0]!r}; shards are called model-00001-of-00002.safetensors")
+        if not names:
+            raise InputError(f"{index}: names no file")
     elif (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
     else:
@@ -286,8 +216,14 @@ def _read_tensors(folder: Path, names_only: bool = False) -> dict[str, np.ndarra
     for shard in _shards(folder):
         try:
             with safe_open(shard, "numpy") as file:
-                tensors |= {name: np.empty(0) if names_only else file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
+                for name in file.keys():
+                    kind = file.get_slice(name).get_dtype()
+                    if kind not in _FLOATS and not _IGNORED.fullmatch(name):
+                        raise InputError(f"{shard}: {name} holds {kind}; weights are read as {', '.join(_FLOATS)}, not quantised")
+                    tensors[name] = np.empty(0) if names_only or kind not in _FLOATS else file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{shard}: damaged or truncated safetensors file ({error}); fetch it again") from None
     return tensors
 
@@ -301,7 +237,8 @@ def _no_weights(folder: Path) -> str:
         if (folder / pickled).is_file():
             return f"{folder}: weights are in {pickled}, which is not read (a pickle can run code); {convert}"
     # Of a Hub id, other weights are not even fetched.
-    return f"{folder}: no model.safetensors (nor an index of shards); if the model has its weights only as pickle, {convert}"
+    place = "@".join(hub_origin(folder) or (str(folder),))
+    return f"{place}: no model.safetensors (nor an index of shards); if the model has its weights only as pickle, {convert}"
 
 
 def save_pretrained(
@@ -334,9 +271,9 @@ def save_pretrained(
         tensors[name] = np.ascontiguousarray(value.astype(_DTYPES[dtype]))
         if path == "mlm/bias" and "decoder" in params["mlm"]:
             tensors[name.removesuffix("bias") + "decoder.bias"] = tensors[name].copy()
-    kind = {"mlm": "ForMaskedLM", "classifier": _CLASSIFICATION, None: "Model"}[head]
-    values = {"architectures": [f"{_FAMILIES[config.family]}{kind}"], "model_type": config.family, "dtype": dtype}
-    values |= {name: getattr(config, field) for name, (field, _) in _CONFIG_FIELDS.items()}
+    kind = {"mlm": "ForMaskedLM", "classifier": CLASSIFICATION, None: "Model"}[head]
+    values = {"architectures": [f"{FAMILIES[config.family]}{kind}"], "model_type": config.family, "dtype": dtype}
+    values |= {name: getattr(config, field) for name, (field, _) in CONFIG_FIELDS.items()}
     values |= {"position_embedding_type": "absolute", "tie_word_embeddings": "decoder" not in params.get("mlm", {})}
     if head == "classifier":
         values |= {"id2label": {str(i): name for i, name in enumerate(config.labels)}}

@@ -17,7 +17,7 @@ from jaxdistill.plan.topology import Topology
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import batch_sharding, create_mesh, tree_shardings
 from jaxdistill.state import abstract_state, compile_step, read_of_teacher
-from jaxdistill.train_step import TrainState
+from jaxdistill.update import TrainState
 
 
 def stay_on_the_host(chip: Chip) -> None:
@@ -79,6 +79,8 @@ def abstract_batch(run: Run, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
     if run.task:
         batch["token_type_ids"] = batch["input_ids"]
         batch["labels"] = jax.ShapeDtypeStruct(shape[:2], jnp.float32 if len(run.task.outputs) == 1 else jnp.int32, sharding=rows)
+    if run.settings.languages:
+        batch["languages"] = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=rows)
     return batch
 
 

@@ -15,7 +15,7 @@ from jaxdistill.plan.ahead import abstract_batch, abstract_students, abstract_te
 from jaxdistill.plan.chips import Chip
 from jaxdistill.resolve import Run
 from jaxdistill.sharding import AXES
-from jaxdistill.train_step import Student
+from jaxdistill.update import Student
 
 
 def flops_per_token(run: Run) -> dict[str, int]:
@@ -51,12 +51,13 @@ def argument_bytes(run: Run) -> dict[str, int]:
     mesh = abstract_mesh(run)
     state, teacher, batch = abstract_students(few, mesh), abstract_teacher(run, mesh), abstract_batch(run, mesh)
     held = [(state.students[students[0].name], len(students)) for students in alike.values()]
+    losses = sum(number * device_bytes((s.failures, s.loss_means, s.losses_seen)) for s, number in held)
     return {
         "students' parameters": sum(number * device_bytes(s.trained) for s, number in held),
         "optimizer": sum(number * device_bytes(s.optimizer) for s, number in held),
         "memory banks": sum(number * device_bytes(s.memory) for s, number in held),
         "teacher": device_bytes(teacher),
-        "batch": device_bytes(batch) + device_bytes(state.step) + sum(number * device_bytes(s.failures) for s, number in held),
+        "batch": device_bytes(batch) + device_bytes(state.step) + losses,
     }
 
 

@@ -21,6 +21,7 @@ from jaxdistill.plan.tables import (
     heading,
     kernel_table,
     memory_table,
+    scaling_line,
     throughput_table,
 )
 from jaxdistill.plan.topology import Topology, missing_compiler
@@ -112,6 +113,8 @@ def show_plan(plan: Plan) -> Group:
     parts += [memory_table(run, chip, compiled), cost_table(run, chip, plan.best, compiled)]
     if compiled is not None:
         parts.append(collective_table(chip, compiled.program))
+        if line := scaling_line(run, chip, plan.best, compiled):
+            parts.append(Text(line))
         if compiled.program.total_cycles:
             parts.append(cycle_table(chip, compiled.program))
     parts += [throughput_table(run, chip, plan.best, compiled), kernel_table(run, compiled and compiled.program)]

@@ -131,6 +131,19 @@ def collective_table(chip: Chip, program: Tally) -> Table:
     return summary_table(rows, columns, "Collectives of a step")
 
 
+def scaling_line(run: Run, chip: Chip, best: Roofline, compiled: CompiledStep) -> str | None:
+    """What the collectives leave of the speed of so many single devices; None where there is one."""
+    devices = math.prod(run.mesh.values())
+    if devices == 1:
+        return None
+    computing = compiler_seconds(chip, compiled.program) or 2 * best.compute
+    apart, together = (computing / step for step in (computing + best.interconnect, max(computing, best.interconnect)))
+    return (
+        f"scaling: {100 * apart:.1f} % of {devices} single devices' speed with {_milliseconds(computing)} ms of computing and then "
+        f"{_milliseconds(best.interconnect)} ms of collectives at full links, {100 * together:.1f} % where they overlap"
+    )
+
+
 def part_of(op_name: str) -> str:
     """Where in the step an instruction comes from, and whether it is a matrix product."""
     if "losses" in op_name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def read_split(task: Task, split: Split, data: str | None = None) -> Rows:
       InputError: a folder that is none, without the task's columns, without a row, a label outside of the task's range, a
         text that is none.
     """
-    columns, where = _read_hub(task, split) if data is None else _read_folder(task, split, Path(data).expanduser())
+    columns, where = _read_hub(task, split) if data is None else _read_folder(task, split, Path(os.path.expanduser(data)))
     wanted = [*task.columns, "label"]
     if lacking := [name for name in wanted if name not in columns]:
         raise InputError(f"{where}: no column {lacking[0]!r} for {task.name}, which has {', '.join(wanted)}; found {', '.join(columns)}")

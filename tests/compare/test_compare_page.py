@@ -16,6 +16,8 @@ from jaxdistill.compare.heat import heat_map
 from jaxdistill.compare.plots import cost_plots, kept_map, lost_maps
 from jaxdistill.compare.speed import choose_setting, milliseconds, setting_title
 
+pytestmark = pytest.mark.long
+
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 EVIL = "<script>alert(1)</script>\"'&<img src=http://evil.example/x onerror=alert(1)>"
 

@@ -85,7 +85,7 @@ def test_weighted_rows_come_once_before_any_comes_twice():
 def test_what_cannot_be_drawn():
     with pytest.raises(InputError, match=r"data\.sources: no rows to train on"):
         RowOrder((0, 0), None, 0)
-    with pytest.raises(InputError, match=r"data\.sources\.1\.weight: the source has no rows"):
+    with pytest.raises(InputError, match=r"data\.sources\.1: no rows to train on, so that it cannot have a share \(weight\)"):
         RowOrder((5, 0), (1.0, 1.0), 0)
-    with pytest.raises(InputError, match=r"data\.sources\.0\.weight: its share of an epoch of 20 rows is less than one row"):
+    with pytest.raises(InputError, match=r"data\.sources\.0: its share \(weight\) of an epoch of 20 rows is less than one row"):
         RowOrder((10, 10), (0.01, 1.0), 0)

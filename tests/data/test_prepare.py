@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import pytest
 from tiny_texts import make_texts
 
 from jaxdistill.config import DataConfig, SourceConfig
-from jaxdistill.data import TextTokenizer, TokenStore, layout, prepare
-from jaxdistill.data.prepare import is_held_out
+from jaxdistill.data import TextTokenizer, TokenStore, layout, prepare, storage
+from jaxdistill.data.split import is_held_out
 from jaxdistill.errors import InputError
 
 # `jaxdistill.data.prepare` as an attribute is the function.
@@ -77,6 +78,25 @@ def test_the_store_holds_every_token_once(tmp_path, data, any_tokenizer):
     size = sum(Path(source.path).stat().st_size for source in data.sources)
     last = {"documents": 240, "tokens": sum(totals["tokens"].values()), "bytes_done": size, "bytes_total": size}
     assert calls[-1] == last and len(calls) > 20
+
+
+def test_every_row_has_a_checksum(tmp_path, data, any_tokenizer):
+    store = prepare(data, tokenizer=any_tokenizer, store=tmp_path / "store")
+    for part in store.manifest["parts"]:
+        for split in ("train", "held_out"):
+            if part["rows"][split]:
+                files = {kind: store.folder / layout.row_file(part, split, kind) for kind in ("tokens", "segments", "crc")}
+                assert {path.name for path in files.values()} <= set(part["files"])
+                tokens = np.fromfile(files["tokens"], store.manifest["dtype"]).reshape(-1, 32)
+                segments = np.fromfile(files["segments"], "<u2").reshape(-1, 32)
+                expected = [zlib.crc32(one.tobytes() + other.tobytes()) for one, other in zip(tokens, segments, strict=True)]
+                assert np.fromfile(files["crc"], "<u4").tolist() == expected and len(expected) == part["rows"][split]
+
+
+def test_a_source_has_its_language(tmp_path, data, tokenizer):
+    sources = (data.sources[0].model_copy(update={"language": "sw"}), data.sources[1])
+    store = prepare(data.model_copy(update={"sources": sources}), tokenizer=tokenizer, store=tmp_path / "store")
+    assert [source["language"] for source in store.manifest["sources"]] == ["sw", None]
 
 
 def test_wide_ids(tmp_path, data, tokenizer):
@@ -146,7 +166,9 @@ def test_a_changed_input_makes_a_new_store(tmp_path, data, tokenizer, tokenizers
         data = data.model_copy(update={change: {"sequence_length": 64, "held_out": 0.3}[change]})
     encoded_texts.clear()
     second = prepare(data, tokenizer=tokenizer, store=tmp_path / "store")
-    assert len(encoded_texts) == 270 and second.fingerprint != first.fingerprint
+    # A source that is where it was and what it was is not tokenised again.
+    assert len(encoded_texts) == {"file": 30, "column": 30, "order": 150}.get(change, 270)
+    assert second.fingerprint != first.fingerprint
     prepare(data, tokenizer=tokenizer, store=tmp_path / "fresh")
     assert contents(tmp_path / "store") == contents(tmp_path / "fresh")  # nothing of the old one is left
 
@@ -190,8 +212,8 @@ def test_a_damaged_part_is_not_kept(tmp_path, data, tokenizer, encoded_texts):
     prepare(data, tokenizer=tokenizer, store=tmp_path / "store")
     expected = contents(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").unlink()
-    (tmp_path / "store" / "000-000001.train.tokens").write_bytes(b"\0" * len(expected["000-000001.train.tokens"]))
-    (tmp_path / "store" / "001-000000.train.segments").unlink()
+    (tmp_path / "store" / "000-000000-000001.train.tokens").write_bytes(b"\0" * len(expected["000-000000-000001.train.tokens"]))
+    (tmp_path / "store" / "001-000000-000000.train.segments").unlink()
     encoded_texts.clear()
     prepare(data, tokenizer=tokenizer, store=tmp_path / "store")
     assert contents(tmp_path / "store") == expected
@@ -200,16 +222,16 @@ def test_a_damaged_part_is_not_kept(tmp_path, data, tokenizer, encoded_texts):
 
 def test_a_second_process_waits(tmp_path, data, tokenizer, encoded_texts, caplog):
     folder = tmp_path / "store"
-    layout.open_folder(folder)
+    folder.mkdir()
     second = threading.Thread(target=prepare, args=(data,), kwargs={"tokenizer": tokenizer, "store": folder})
     waiting = threading.Event()
-    layout.logger.addFilter(lambda record: waiting.set() or True)
-    with layout.locked(folder):
+    storage.logger.addFilter(lambda record: waiting.set() or True)
+    with storage.open_folder(folder).locked():
         second.start()
         assert waiting.wait(10)
         assert not encoded_texts and os.listdir(folder) == ["lock"]
     second.join(20)
-    layout.logger.filters.clear()
+    storage.logger.filters.clear()
     assert "another process is preparing this token store; waiting" in caplog.text
     assert TokenStore(folder).num_rows("train") > 0
 
@@ -225,19 +247,31 @@ def test_texts_that_make_no_store(tmp_path, tokenizer):
         write_texts(tmp_path / name, texts)
         for name, texts in (("empty.jsonl", ["", " ", "\u200b"]), ("one.jsonl", ["river"]), ("fine.jsonl", make_texts(50)))
     )
-    broken = write_texts(tmp_path / "broken.jsonl", make_texts(200))
-    with open(broken, "a") as file:
-        file.write("{")
     store = tmp_path / "store"
     for data, message in (
         (DataConfig(sources=[empty], held_out=0), r"data\.sources\.0 \(.*empty\.jsonl\): no text in it: 1 documents, 2 empty ones"),
         (DataConfig(sources=[fine, empty], held_out=0), r"data\.sources\.1 \(.*empty\.jsonl\): no text in it"),
         (DataConfig(sources=[one], held_out=0.001), r"none of the 1 documents falls into the share 0\.001; raise it or set it to 0"),
         (DataConfig(sources=[one], held_out=0.999), r"all of the 1 documents fall into the share 0\.999; lower it or set it to 0"),
-        (DataConfig(sources=[fine, broken]), r"broken\.jsonl:201: not JSON"),
+        (DataConfig(sources=[str(tmp_path / "none.jsonl")]), r"none\.jsonl: no such file"),
     ):
         refused(data, tokenizer, store, message)
         assert not store.exists()
+
+
+def test_what_was_made_before_an_error_stays(tmp_path, tokenizer, encoded_texts):
+    fine, broken = write_texts(tmp_path / "fine.jsonl", make_texts(50)), write_texts(tmp_path / "broken.jsonl", make_texts(200, seed=1))
+    with open(broken, "a") as file:
+        file.write("{")
+    data = DataConfig(sources=[fine, broken])
+    refused(data, tokenizer, tmp_path / "store", r"broken\.jsonl:201: not JSON")
+    assert (tmp_path / "store" / "000-000000.json").exists() and not (tmp_path / "store" / "001-000000.json").exists()
+    write_texts(tmp_path / "broken.jsonl", make_texts(200, seed=1))
+    encoded_texts.clear()
+    prepare(data, tokenizer=tokenizer, store=tmp_path / "store")
+    assert len(encoded_texts) == 200  # of the mended file alone
+    prepare(data, tokenizer=tokenizer, store=tmp_path / "fresh")
+    assert contents(tmp_path / "store") == contents(tmp_path / "fresh")
 
 
 def test_folders_that_are_no_store(tmp_path, data, tokenizer):
@@ -245,7 +279,7 @@ def test_folders_that_are_no_store(tmp_path, data, tokenizer):
     folder.mkdir()
     for name, message in (
         ("thesis.txt", "holds 'thesis.txt', which is no part of a token store"),
-        ("000-000000.train.tokens.bak", "which is no part of a token store"),
+        ("000-000000-000000.train.tokens.bak", "which is no part of a token store"),
         ("manifest.json", r"manifest\.json: not the manifest of a token store"),
     ):
         (folder / name).write_text("{}")
@@ -267,19 +301,51 @@ def test_a_foreign_file_beside_a_store_stops_the_rebuild(tmp_path, data, tokeniz
     assert contents(folder) == before
 
 
-def test_the_hubs_commit_is_what_gets_read(tmp_path, tokenizer, monkeypatch):
-    read = []
+class HubStream:
+    """A dataset of the Hub of some shards; `broken` shards end with an error of the network."""
 
-    def documents(source, counts):
-        read.append(source.revision)
-        yield from make_texts(20)
+    def __init__(self, shards: list[list[str]], broken: tuple[int, ...] = ()):
+        self.shards, self.broken, self.num_shards, self.column_names = shards, broken, len(shards), None
+        self.read: list[int] = []
 
-    monkeypatch.setattr(prepare_module, "source_fingerprint", lambda source: {"dataset": "d", "revision": "ab" * 20})
-    monkeypatch.setattr(prepare_module, "read_documents", documents)
-    calls = []
+    def shard(self, num_shards, index):
+        assert num_shards == self.num_shards
+        self.read.append(index)
+        yield from ({"text": text} for text in self.shards[index])
+        if index in self.broken:
+            raise ConnectionError("no route to https://host/file?X-Amz-Signature=5ec2e7")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Serves a `HubStream`; the sources that it was asked for."""
+    asked = []
+
+    def serve(stream):
+        monkeypatch.setattr("jaxdistill.data.sources._resolved_revision", lambda source: "ab" * 20)
+        for module in ("shards", "prepare"):
+            module = importlib.import_module(f"jaxdistill.data.{module}")
+            monkeypatch.setattr(module, "hub_stream", lambda source: asked.append(source) or stream)
+        return stream
+
+    serve.asked = asked
+    return serve
+
+
+def test_shards_of_the_hub(tmp_path, tokenizer, hub, encoded_texts):
+    shards = [make_texts(20, seed=seed) for seed in range(4)]
     data = DataConfig(sources=[{"dataset": "d", "revision": "main"}], held_out=0)
-    prepare(data, tokenizer=tokenizer, store=tmp_path / "store", progress=lambda **done: calls.append(done["bytes_total"]))
-    assert read == ["ab" * 20] and set(calls) == {None}
+    stream, calls = hub(HubStream(shards, broken=(2,))), []
+    with pytest.raises(InputError, match=r"d, shard 2: the dataset of the Hub broke off at row 20: no route to https://host/file\?\.\.\.;"):
+        prepare(data, tokenizer=tokenizer, store=tmp_path / "store", progress=lambda **done: calls.append(done["bytes_total"]))
+    assert {source.revision for source in hub.asked} == {"ab" * 20} and set(calls) == {None}  # the commit, whatever becomes of main
+    stream = hub(HubStream(shards))
+    encoded_texts.clear()
+    store = prepare(data, tokenizer=tokenizer, store=tmp_path / "store")
+    assert stream.read == [2, 3]  # the finished ones are not downloaded again
+    assert store.manifest["totals"]["documents"]["train"] == 80
+    whole = prepare(data, tokenizer=tokenizer, store=tmp_path / "whole")
+    assert contents(store.folder) == contents(whole.folder)
 
 
 def test_tokenizers_may_fork_and_stay_parallel(tmp_path, data, tokenizer, monkeypatch):

@@ -121,10 +121,10 @@ def test_stores_that_cannot_be_read(store, tmp_path):
     with pytest.raises(InputError, match="none: no complete token store there; run prepare"):
         TokenStore(tmp_path / "none")
     folder = copy_of(store, tmp_path / "copy")
-    name = "000-000001.train.tokens"
+    name = "000-000000-000001.train.tokens"
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:-2])
-    with pytest.raises(InputError, match=rf"{name}: {len(whole) - 2} bytes instead of {len(whole)}; the token store is damaged: delete"):
+    with pytest.raises(InputError, match=rf"{name}: {len(whole) - 2} bytes instead of {len(whole)}; the token store is damaged"):
         TokenStore(folder)
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"{name}: missing; the token store is damaged"):
@@ -133,5 +133,5 @@ def test_stores_that_cannot_be_read(store, tmp_path):
     assert TokenStore(folder).num_rows("train") == store.num_rows("train")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
-    with pytest.raises(InputError, match="a token store of version 99, this is 1"):
+    with pytest.raises(InputError, match="a token store of version 99, this is 2"):
         TokenStore(folder)

@@ -111,7 +111,7 @@ def test_slow_tokenizer(monkeypatch, tokenizer_folders):
     class Slow:
         is_fast = False
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_: Slow())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
     with pytest.raises(InputError, match="only a slow tokenizer"):
         load_tokenizer(tokenizer_folders["bpe"])
 

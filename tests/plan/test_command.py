@@ -12,6 +12,7 @@ from commands import command, finish
 
 from jaxdistill.plan import topology
 from jaxdistill.plan.plan import plan_run, show_plan
+from jaxdistill.plan.tables import scaling_line
 
 
 @pytest.fixture
@@ -100,3 +101,6 @@ def test_a_plan_of_a_compiled_step(planned, monkeypatch):
     for part in ("temporaries", "all-reduce", "largest batch:", "training.batch_size=", "compiled in", "sizes in all"):
         assert part in text
     assert "resharding" not in text
+    computing, sending = 2 * found.best.compute, found.best.interconnect  # no cycles on a CPU
+    assert f"scaling: {100 * computing / (computing + sending):.1f} % of 8 single devices' speed" in text
+    assert scaling_line(planned(devices=1), found.topology.chip, found.best, found.compiled) is None

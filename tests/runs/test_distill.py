@@ -76,7 +76,8 @@ def test_teacher_is_not_in_the_checkpoint(done):
         record = checkpoints.record(8)
         tree = checkpoints._manager.item_metadata(8)["state"].tree
     paths = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
-    ours = ("step", "students/small/failures", "students/small/trained/params/", "students/small/optimizer/")
+    watched = ("failures", "loss_means", "losses_seen")
+    ours = ("step", *(f"students/small/{name}" for name in (*watched, "trained/params/", "optimizer/")))
     assert all(path.startswith(ours) for path in paths)
     assert not any("layers/03" in path for path in paths)
     assert record["layer_map"] == {"small": {"relation_kl": [[2, 4]]}}

@@ -13,7 +13,7 @@ from tiny_models import tiny_config, write_model
 from tiny_texts import BERT_SPECIAL, wordpiece, write_folder
 
 import jaxdistill
-from jaxdistill.checkpoint import Checkpoints
+from jaxdistill.checkpoint import Checkpoints, Position
 from jaxdistill.config import load_config
 from jaxdistill.distill import begin
 from jaxdistill.errors import InputError
@@ -22,7 +22,7 @@ from jaxdistill.resolve import resolve
 from jaxdistill.sharding import create_mesh
 from jaxdistill.students import projected_embeddings, student_key
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [pytest.mark.usefixtures("compiled_once"), pytest.mark.long]
 
 SIZES = {"num_heads": 4, "intermediate_size": 80}
 MLM = [{"kind": "mlm_cross_entropy"}]
@@ -54,8 +54,8 @@ def first_params(fields: dict) -> dict[str, dict]:
     mesh = create_mesh(run.config.mesh)
     folder = run.output.parent / "no checkpoints"
     with jax.set_mesh(mesh), Checkpoints(folder) as none:
-        state, step, tokens = begin(run, none, mesh, teacher_params)
-    assert (step, tokens, int(state.step)) == (0, 0, 0)
+        state, at = begin(run, none, mesh, teacher_params, print)
+    assert (at, int(state.step)) == (Position(), 0)
     return jax.tree.map(np.asarray, {name: student.trained["params"] for name, student in state.students.items()})
 
 

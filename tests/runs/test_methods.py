@@ -27,7 +27,7 @@ from jaxdistill.models import load_pretrained
 from jaxdistill.resolve import resolve
 from jaxdistill.sharding import create_mesh
 from jaxdistill.state import abstract_state, initial_state
-from jaxdistill.train_step import TrainState
+from jaxdistill.update import TrainState
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -329,7 +329,19 @@ def test_all_diverged(ground_with_head, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["jaxdistill", "distill", str(path)])
     with pytest.raises(SystemExit) as stopped:
         main()
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    times = "every student has diverged (no finite gradient, or a spike, for 3 updates in a row)"
+    assert sum(f"step 5: {times}: back to step 0, on other batches" in line for line in lines) == 1
     assert stopped.value.code == 1
-    assert len(errors) == 1 and errors[0].startswith("error: step 4: every student has diverged (no finite gradient for 3 steps)")
+    assert len(errors) == 1 and errors[0].startswith(f"error: step 5: {times}, 1 rollbacks to a good checkpoint did not help; ")
     assert not (tmp_path / "run" / "export").exists()
+    page = (tmp_path / "run" / "diverged.md").read_text()
+    assert page.startswith(f"# Step 5: {times}\n\nPrecision float32, batches of 8 rows.\n")
+    assert "1. It failed from the first updates" in page
+    steps = [line for line in page.splitlines() if "| wild |" in line]
+    assert [line.split(" | ")[5] for line in steps] == ["done", "not finite", "not finite", "not finite"]
+    for number, line in enumerate(steps, 6):  # five were read before
+        assert f"number {number}: 8 of {ground_with_head.text}" in line
+    records = records_of(tmp_path / "run")
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4] and {record["rollbacks"] for record in records[1:]} == {1}

@@ -18,7 +18,7 @@ from tiny_models import tiny_config, write_model
 from tiny_texts import BERT_SPECIAL, make_texts, wordpiece, write_folder
 
 import jaxdistill
-from jaxdistill.checkpoint import Checkpoints
+from jaxdistill.checkpoint import Checkpoints, Position
 from jaxdistill.config import load_config
 from jaxdistill.distill import begin
 from jaxdistill.errors import DivergedError, InputError
@@ -86,8 +86,8 @@ def first_params(run) -> dict:
     _, teacher_params = load_pretrained(run.teacher_folder)
     mesh = create_mesh(run.config.mesh)
     with jax.set_mesh(mesh), TemporaryDirectory() as folder, Checkpoints(Path(folder)) as none:
-        state, step, _ = begin(run, none, mesh, teacher_params)
-    assert step == 0
+        state, at = begin(run, none, mesh, teacher_params, print)
+    assert at == Position()
     return {name: student.trained["params"] for name, student in state.students.items()}
 
 
@@ -130,6 +130,9 @@ def test_exports_of_both_stages(done):
     assert load_pretrained(first / "narrow")[0].hidden_size == 24
     card = (last / "small" / "README.md").read_text()
     assert "masked text, after hs" in card and "1 x output_kl" in card
+    for stage, term in (("hs", "hidden_mse"), ("od", "output_kl")):  # the card tells the whole way
+        assert f"| stage {stage}: training | " in card and f"| stage {stage}: hardware | " in card
+        assert term in next(line for line in card.splitlines() if line.startswith(f"| stage {stage}: objective"))
 
 
 def test_the_second_stage_starts_where_the_first_ended(done, teacher):

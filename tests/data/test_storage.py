@@ -1,0 +1,192 @@
+"""Text and stores by URL (fsspec's memory:// stands for object storage), compressed files, and what no URL may hold."""
+
+import bz2
+import gzip
+import importlib
+import json
+import lzma
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_texts import make_texts
+
+from jaxdistill.config import DataConfig, SourceConfig, load_config
+from jaxdistill.data import DocumentCounts, TokenStore, layout, prepare, read_documents, source_fingerprint, storage
+from jaxdistill.errors import InputError
+from jaxdistill.urls import is_url, local_path, without_secrets
+
+TEXTS = make_texts(60)
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+PACKED = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, "zstd").to_pybytes(),
+}
+prepare_module = importlib.import_module("jaxdistill.data.prepare")
+
+
+@pytest.fixture
+def bucket():
+    """An empty bucket of objects: memory://bucket."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs
+    fs.store.clear()
+
+
+def read(path, **fields):
+    counts = DocumentCounts()
+    return list(read_documents(SourceConfig(path=str(path), **fields), counts)), counts
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("place", ["here", "there"])
+def test_compressed_files_are_known_by_their_ending(tmp_path, bucket, ending, place):
+    packed = PACKED[ending](LINES)
+    folder = str(tmp_path) if place == "here" else "memory://bucket"
+    with fsspec.open(f"{folder}/a.jsonl{ending}", "wb") as file:
+        file.write(packed)
+    documents, counts = read(folder)
+    assert documents == TEXTS and counts.bytes_read == len(packed)
+    with fsspec.open(f"{folder}/a.txt{ending}", "wb") as file:
+        file.write(PACKED[ending]("\n\n".join(TEXTS).encode()))
+    assert read(f"{folder}/*.txt{ending}")[0] == TEXTS
+    if ending:
+        with fsspec.open(f"{folder}/a.jsonl{ending}", "wb") as file:
+            file.write(packed[:-20])
+        with pytest.raises(InputError, match=rf"a\.jsonl{ending}: cannot be read to its end: "):
+            read(f"{folder}/a.jsonl{ending}")
+
+
+def test_two_frames_are_one_file(tmp_path):
+    for ending, pack in PACKED.items():
+        (tmp_path / f"a.jsonl{ending}").write_bytes(pack(LINES[:1000]) + pack(LINES[1000:]))
+    assert read(tmp_path)[0] == TEXTS * len(PACKED)
+
+
+def test_a_line_without_end_is_refused_before_memory_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxdistill.data.source_files.LARGEST_DOCUMENT", 1 << 20)
+    for name in ("a.jsonl", "b.txt"):
+        (tmp_path / name).write_bytes(b'{"text": "' + b"x" * (1 << 20))
+        with pytest.raises(InputError, match="a line of more than 1 MiB"):
+            read(tmp_path / name)
+
+
+def test_places_by_url(bucket):
+    pq.write_table(pa.table({"text": ["p"]}), bucket.open("/bucket/c.parquet", "wb"))
+    for name in ("b/2.txt", "b/10.txt", "z.md", ".cache/x.txt"):
+        bucket.pipe_file(f"/bucket/{name}", name.encode())
+    assert read("memory://bucket")[0] == ["b/10.txt", "b/2.txt", "p"]
+    assert read("memory://bucket/b/*.txt")[0] == read("memory://bucket/**/[12]*.txt")[0] == ["b/10.txt", "b/2.txt"]
+    assert read("memory://bucket/z.md", format="text")[0] == ["z.md"]
+    for path, message in (("none.txt", "no such file or folder"), ("*.md5", "no file matches this glob"), ("z.md", "unknown kind of file")):
+        with pytest.raises(InputError, match=rf"^memory:///?bucket/{path.replace('*', '.')}: {message}"):
+            read(f"memory://bucket/{path}")
+
+
+def test_a_url_of_a_file_here_is_its_path(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    assert read(f"file://{tmp_path}/a.txt")[0] == ["x"]
+    assert not is_url(f"file://{tmp_path}") and local_path(f"file://{tmp_path}") == tmp_path
+    assert source_fingerprint(SourceConfig(path=f"file://{tmp_path}")) == source_fingerprint(SourceConfig(path=str(tmp_path)))
+
+
+def test_what_identifies_an_object_is_what_its_store_says():
+    info = {"size": 3, "mtime": 5.0, "ETag": '"ab"'}
+    remote_content = importlib.import_module("jaxdistill.data.source_files").remote_content
+    assert remote_content(info) == ("ETag", "ab")
+    assert remote_content({**info, "md5Hash": "cd=="}) == ("md5Hash", "cd==")
+    assert remote_content({"size": 3, "mtime": 5.0}) == ("mtime", "5.0")
+    assert remote_content({"size": 3}) is None
+
+
+def test_an_object_that_is_written_again_has_another_fingerprint(bucket):
+    source = SourceConfig(path="memory://bucket/a.txt")
+    bucket.pipe_file("/bucket/a.txt", b"x")
+    first = source_fingerprint(source)
+    assert first == source_fingerprint(source) and first["files"][0].keys() == {"name", "size", "created"}
+    bucket.pipe_file("/bucket/a.txt", b"y")
+    assert source_fingerprint(source) != first
+
+
+@pytest.mark.parametrize("url", ["gs://b/a.txt", "s3://b/*.txt", "https://host/a.txt", "nothing://b/a.txt", "abfs://box@account.dfs/a.txt"])
+def test_clients_that_are_not_installed(url, monkeypatch):
+    protocol = url.partition(":")[0]
+    if protocol != "nothing":  # also where one of them happens to be installed
+        registry = importlib.import_module("fsspec.registry")
+        monkeypatch.setitem(registry.known_implementations, protocol, {"class": "not_there.FileSystem", "err": "Install it"})
+        monkeypatch.delitem(registry._registry, protocol, raising=False)
+    with pytest.raises(InputError) as caught:
+        read(url)
+    found = {"gs": "pip install gcsfs", "s3": "pip install s3fs", "https": "pip install aiohttp", "abfs": "pip install adlfs"}
+    assert found.get(protocol, "nothing") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA:hunter2@bucket/a.txt",
+        "https://hunter2@host/a.txt",
+        "https://host/a.txt?X-Amz-Signature=hunter2",
+        "https://host/a.txt?a=b&access_token=hunter2",
+        "gs://b/a.txt?GoogleAccessId=hunter2",
+        "zip://a.txt::s3://bucket/hunter2.zip",
+    ],
+)
+def test_no_url_with_credentials_gets_into_a_config(url):
+    fields = {"teacher": "t", "students": {"a": {"shape": "6L"}}, "output": "o"}
+    for data in ({"sources": [url]}, {"sources": [{"path": url}]}, {"sources": ["a.txt"], "store": url}):
+        if "Id=" in url:
+            load_config(fields | {"data": data})  # names no secret
+            continue
+        with pytest.raises(InputError, match=r"^data\.?(sources\.0)?.*: (a URL with a password|a chain|holds a password)") as caught:
+            load_config(fields | {"data": data})
+        assert "hunter2" not in str(caught.value)
+
+
+def test_errors_of_clients_are_told_without_their_secrets():
+    said = "403, message='Forbidden', url='https://u:pw@host/a?X-Goog-Signature=5ec2e7'\nmore"
+    assert without_secrets(said) == "403, message='Forbidden', url='https://u:...@host/a?...'"
+
+
+def test_a_store_below_a_url(tmp_path, bucket, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare_module, "PART_BYTES", 3_000)
+    monkeypatch.setattr(prepare_module, "TokenStore", lambda store: object.__new__(TokenStore))  # not read here
+    bucket.pipe_file("/bucket/a.jsonl", LINES)
+    data = DataConfig(sources=["memory://bucket/a.jsonl"], sequence_length=32, held_out=0.2)
+    prepare(data, tokenizer=tokenizer, store=tmp_path / "here")
+    put, puts = bucket.pipe_file, []
+
+    def put_or_die(path, value):
+        puts.append(path)
+        if len(puts) == 20:
+            raise PermissionError("403 https://host/?X-Amz-Signature=5ec2e7")
+        put(path, value)
+
+    monkeypatch.setattr(bucket, "pipe_file", put_or_die)
+    with pytest.raises(InputError, match=r"memory://store: .* cannot be written: 403 https://host/\?\.\.\.; what is finished stays"):
+        prepare(data, tokenizer=tokenizer, store="memory://store")
+    prepare(data, tokenizer=tokenizer, store="memory://store/")
+    objects = {path.removeprefix("/store/"): bucket.cat_file(path) for path in bucket.find("/store")}
+    assert objects == {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir() if path.name != storage.LOCK}
+    assert len(puts) < len(objects) + 20 - 7  # the finished part is not put again
+    before = len(puts)
+    prepare(data, tokenizer=tokenizer, store="memory://store")
+    assert len(puts) == before
+    with pytest.raises(InputError, match=r"data\.sequence_length: the token store at memory://store was made with 32, this config has 64"):
+        prepare(data.model_copy(update={"sequence_length": 64}), tokenizer=tokenizer, store="memory://store")
+    bucket.pipe_file("/store/notes.txt", b"x")
+    bucket.rm_file(f"/store/{layout.MANIFEST}")
+    with pytest.raises(InputError, match=r"memory://store: holds 'notes\.txt', which is no part of a token store"):
+        prepare(data, tokenizer=tokenizer, store="memory://store")
+
+
+def test_places_where_no_store_is_written(tmp_path, tokenizer):
+    with pytest.raises(InputError, match="the Hub is read, not written to"):
+        storage.open_folder("hf://datasets/someone/store")
+    with pytest.raises(ValueError, match="deduplicate: keeps files in the store that an object storage cannot"):
+        DataConfig(sources=["a.txt"], store="gs://bucket/store", deduplicate=True)
