@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.config import SourceConfig, parse_yaml
-from jaxdistill.errors import InputError, redacted
+from jaxdistill.errors import InputError
 from jaxdistill.metrics import FILE_NAME, read_history
 from jaxdistill.models import EncoderConfig, hub_origin, num_parameters, split_revision
 from jaxdistill.progress import duration, significant
+from jaxdistill.redaction import redacted
 from jaxdistill.resolve import Run
 from jaxdistill.students import describe_initialisation
 from jaxdistill.train_step import Student

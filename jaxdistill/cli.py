@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from jaxdistill.ending import ended
 from jaxdistill.errors import InputError
+from jaxdistill.faults.ending import ended
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -217,7 +217,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder or a foreign repository that is there")] = False,
 ) -> None:
     """Write students of a run as folders that transformers loads, with a model card; --push puts them on the Hub."""
-    from jaxdistill.publish import Push, export_command
+    from jaxdistill.hub.publish import Push, export_command
 
     if not push and (public or revision != "main"):
         raise InputError(f"{'--public' if public else '--revision'}: means nothing without --push user/name")
@@ -303,7 +303,7 @@ def _options(
 
 
 def main() -> None:
-    """The command line; see `ending.py` for its exit codes."""
+    """The command line; see `faults/ending.py` for its exit codes."""
     ended(app)
 
 

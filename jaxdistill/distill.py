@@ -19,26 +19,19 @@ import numpy as np
 
 from jaxdistill import processes, runtime
 from jaxdistill.batches import evaluation_batches, training_batches
-from jaxdistill.checkpoint import (
-    Checkpoints,
-    Position,
-    check_output,
-    check_teacher,
-    newest_record,
-    position_of,
-    run_identity,
-    run_record,
-)
+from jaxdistill.checkpoint import Checkpoints, Position, check_teacher, newest_record, position_of, run_identity, run_record
 from jaxdistill.config import Config, load_config, select_students
 from jaxdistill.data import RowSource
 from jaxdistill.diverged import roll_back
-from jaxdistill.errors import DivergedError, InputError, writing
+from jaxdistill.errors import DivergedError, InputError
 from jaxdistill.export import export_run
+from jaxdistill.faults.disk import writing
+from jaxdistill.faults.preemption import between_steps, stoppable, stopped
 from jaxdistill.features import deepest_layer
 from jaxdistill.hosts import check_same, check_same_teacher, held, open_output
 from jaxdistill.metrics import read_history
 from jaxdistill.models import EncoderConfig, load_pretrained, num_parameters
-from jaxdistill.preemption import between_steps, stoppable, stopped
+from jaxdistill.output import check_output
 from jaxdistill.processes import is_main
 from jaxdistill.progress import Progress, choose_progress
 from jaxdistill.recorder import Recorder

@@ -10,7 +10,8 @@ import numpy as np
 from jaxdistill.batches import run_order
 from jaxdistill.checkpoint import Checkpoints, Position
 from jaxdistill.data import RowSource, TextStream, TokenStore
-from jaxdistill.errors import DivergedError, writing
+from jaxdistill.errors import DivergedError
+from jaxdistill.faults.disk import writing
 from jaxdistill.processes import is_main
 from jaxdistill.progress import Progress
 from jaxdistill.recorder import Recorder

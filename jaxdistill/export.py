@@ -14,10 +14,11 @@ import jax
 from jaxdistill import processes
 from jaxdistill.card import Published, model_card
 from jaxdistill.checkpoint import Checkpoints, package_versions
-from jaxdistill.checksums import DamagedError
 from jaxdistill.config import ExportConfig, MeshConfig
 from jaxdistill.data import save_tokenizer
-from jaxdistill.errors import InputError, nearest, writing
+from jaxdistill.errors import InputError, nearest
+from jaxdistill.faults.checksums import DamagedError
+from jaxdistill.faults.disk import writing
 from jaxdistill.models import EncoderConfig, load_pretrained, save_pretrained, weights_sha256
 from jaxdistill.resolve import Run, resolve_stages
 from jaxdistill.sharding import create_mesh, on_host

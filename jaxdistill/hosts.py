@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 import jax
 
 from jaxdistill import processes
-from jaxdistill.checkpoint import begin_output, hold_output
 from jaxdistill.config import Config
 from jaxdistill.data import RowSource
 from jaxdistill.errors import InputError
 from jaxdistill.models import weights_sha256
+from jaxdistill.output import begin_output, hold_output
 from jaxdistill.resolve import Run
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.errors import InputError, writing
+from jaxdistill.errors import InputError
+from jaxdistill.faults.disk import writing
 
 FILE_NAME = "metrics.jsonl"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jaxdistill import processes
 from jaxdistill.data import RowSource, open_stream, prepare
-from jaxdistill.errors import InputError, writing
+from jaxdistill.errors import InputError
+from jaxdistill.faults.disk import writing
 from jaxdistill.hosts import check_same_rows
 from jaxdistill.progress import preparing
 from jaxdistill.resolve import Run

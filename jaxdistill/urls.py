@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
+from jaxdistill.redaction import holds_secret
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_PASSWORD = re.compile(r"^[^:]+://[^/]*:[^/]*@|^https?://[^/]*@", re.IGNORECASE)
-_SIGNATURE = re.compile(r"[?&][^=&?/]*(sig|token|key|cred|secret|passw|auth)[^=&?/]*=", re.IGNORECASE)
 
 
 def is_url(place: str | Path) -> bool:
@@ -23,16 +23,10 @@ def local_path(place: str | Path) -> Path:
 
 def check_url(url: str) -> None:
     """Raises ValueError, which does not repeat it, for a URL with credentials in it: configs, manifests and messages would keep them."""
-    if _PASSWORD.search(url) or (_URL.match(url) and _SIGNATURE.search(url)):
+    if holds_secret(url):
         raise ValueError(
             "a URL with a password, a key or a signature in it, which would end in logs and configs; "
             "give credentials as the client of the store reads them (environment or its own files)"
         )
     if is_url(url) and "::" in url:
         raise ValueError("a chain of URLs (::) is not read; give a URL of one protocol, compressed files are known by their ending")
-
-
-def without_secrets(message: str) -> str:
-    """The first line of an error of a storage client, without queries of URLs (signatures) and passwords."""
-    line = (message.strip() or "no reason given").splitlines()[0]
-    return re.sub(r"(://[^/\s@]*:)[^/\s@]*@", r"\1...@", re.sub(r"(://[^\s?'\"]*)\?[^\s'\")]*", r"\1?...", line))

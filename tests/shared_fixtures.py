@@ -51,7 +51,7 @@ def cli(monkeypatch, capsys):
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jaxdistill", *map(str, arguments)])
-        monkeypatch.setattr("jaxdistill.ending._leave", sys.exit)  # the process is the test's
+        monkeypatch.setattr("jaxdistill.faults.ending._leave", sys.exit)  # the process is the test's
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main()

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdistill.checksums import checksums
 from jaxdistill.config import MeshConfig
+from jaxdistill.faults.checksums import checksums
 from jaxdistill.sharding import create_mesh
 
 

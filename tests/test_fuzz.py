@@ -20,11 +20,11 @@ from rubbish import RUBBISH, WORDS, bytes_changed, mutated
 from tiny_models import tiny_config, write_model
 from tiny_texts import BERT_SPECIAL, make_texts, wordpiece, write_folder
 
-from jaxdistill.checkpoint import check_output
 from jaxdistill.config import load_config, load_evaluation
 from jaxdistill.errors import InputError
 from jaxdistill.models import find_model, load_pretrained, num_parameters
 from jaxdistill.models import load_config as load_model_config
+from jaxdistill.output import check_output
 from jaxdistill.resolve import resolve_stages
 
 EXAMPLES = int(os.environ.get("JAXDISTILL_FUZZ", 40))

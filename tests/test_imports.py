@@ -8,12 +8,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "jaxdistill"
 # From left to right; a module imports only from its left (and from its own room).
 FLOW = [
-    ["errors", "shapes", "urls"], ["processes", "preemption"], ["checksums", "ending"], ["features", "layer_map", "row_keys"], ["config"],
+    ["redaction", "shapes"], ["errors", "urls"], ["processes"], ["faults"], ["features", "layer_map", "row_keys"], ["config"],
     ["sharding", "stages"], ["losses"], ["kernels"], ["models"],
     ["students", "data", "parts"], ["results", "tasks"], ["terms"], ["objective", "optimizer"], ["update"], ["train_step"],
     ["flops", "metrics", "progress", "runtime"], ["report"], ["implementations", "revisions"], ["resolve"],
-    ["state", "batches"], ["checkpoint", "plan"], ["card"], ["export", "agreement", "recorder", "inspect", "hosts"], ["diverged", "text"],
-    ["distill", "latency", "lost", "finetune", "compare"], ["evaluate", "push"], ["publish"],
+    ["state", "batches"], ["checkpoint", "output", "plan"], ["card"], ["export", "agreement", "recorder", "inspect", "hosts"],
+    ["diverged", "text"],
+    ["distill", "latency", "lost", "finetune", "compare"], ["evaluate", "hub"],
     ["quickstart"], ["cli"],
 ]  # fmt: skip
 ONLY_IN = {

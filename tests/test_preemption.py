@@ -12,7 +12,7 @@ import time
 import pytest
 
 from jaxdistill.errors import PreemptedError
-from jaxdistill.preemption import between_steps, stoppable, stopped
+from jaxdistill.faults.preemption import between_steps, stoppable, stopped
 
 
 def tell(number: int) -> None:
@@ -84,7 +84,7 @@ def test_a_thread_and_an_ignored_signal_are_left_alone():
 # A C function that hears no signal and lets other threads run, as a compiler does; and a worker process that its parent ends.
 BUSY = """
 import hashlib, multiprocessing, sys, time
-from jaxdistill.preemption import stoppable
+from jaxdistill.faults.preemption import stoppable
 
 with stoppable():
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))

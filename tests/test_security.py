@@ -15,8 +15,9 @@ from tiny_texts import BERT_SPECIAL, wordpiece, write_folder
 
 from jaxdistill.config import load_config
 from jaxdistill.data import load_tokenizer
-from jaxdistill.errors import InputError, redacted
+from jaxdistill.errors import InputError
 from jaxdistill.models import load_pretrained
+from jaxdistill.redaction import redacted
 
 ROOT = Path(__file__).parent.parent
 CODE = sorted(path for folder in ("jaxdistill", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from jaxdistill.config import data, sections, terms
 from jaxdistill.config.sections import Config, PreviousStudent, StageConfig
 from jaxdistill.config.terms import KINDS, Section
-from jaxdistill.errors import InputError, holds_secret, nearest
+from jaxdistill.errors import InputError, nearest
+from jaxdistill.redaction import holds_secret
 
 Model = TypeVar("Model", bound=Section)
 

@@ -21,7 +21,7 @@ import numpy as np
 from jaxdistill.data import layout
 from jaxdistill.data.manifest import DAMAGED
 from jaxdistill.errors import InputError
-from jaxdistill.urls import without_secrets
+from jaxdistill.redaction import first_line
 
 # A map keeps a file descriptor of its own (Python's mmap does), and of these a process has 1,024 by default. Files of larger stores are
 # opened for each batch, which takes some 10 us a file; mapping anew would take 70.
@@ -190,4 +190,4 @@ class RemoteFiles:
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {without_secrets(str(error))}"
+    return f"{type(error).__name__}: {first_line(str(error))}"

@@ -21,7 +21,8 @@ from typing import Any
 from jaxdistill.config import SourceConfig
 from jaxdistill.data.storage import Folder, filesystem
 from jaxdistill.errors import InputError
-from jaxdistill.urls import is_url, local_path, without_secrets
+from jaxdistill.redaction import first_line
+from jaxdistill.urls import is_url, local_path
 
 EXTENSIONS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text")}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # of jsonl and text; parquet compresses inside
@@ -119,7 +120,7 @@ def _remote_files(source: SourceConfig) -> list[SourceFile]:
     except InputError:
         raise
     except Exception as error:  # every client has its own types
-        raise InputError(f"{url}: cannot be listed: {without_secrets(str(error))}") from error
+        raise InputError(f"{url}: cannot be listed: {first_line(str(error))}") from error
     return [_remote_file(name, fs.unstrip_protocol(info["name"]), info) for name, info in found]
 
 
@@ -150,7 +151,7 @@ def check_unchanged(file: SourceFile) -> None:
             fs.invalidate_cache(path.rpartition("/")[0])
             info = fs.info(path)
         except Exception as error:  # every client has its own types
-            raise InputError(f"{file.path}: is gone: {without_secrets(str(error))}") from error
+            raise InputError(f"{file.path}: is gone: {first_line(str(error))}") from error
         _, field, value = json.loads(file.stamp)
         stamp = json.dumps([info.get("size"), field, _as_text(info[field]) if info.get(field) else value])
     else:
@@ -242,4 +243,4 @@ def read_lines(path: str, bytes_read: list[int]) -> Iterator[bytes]:
     except InputError:
         raise
     except Exception as error:  # OSError, EOFError, zlib.error, LZMAError, and whatever clients of object storage raise
-        raise InputError(f"{path}: cannot be read to its end: {without_secrets(str(error))}") from error
+        raise InputError(f"{path}: cannot be read to its end: {first_line(str(error))}") from error

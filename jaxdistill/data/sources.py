@@ -20,7 +20,8 @@ from jaxdistill.data.source_files import (
     source_files,
 )
 from jaxdistill.errors import InputError
-from jaxdistill.urls import is_url, without_secrets
+from jaxdistill.redaction import first_line
+from jaxdistill.urls import is_url
 
 PARQUET_ROWS = 1024  # read at once; a document may be long
 PARQUET_BUFFER = 1 << 20  # bytes; without it pyarrow holds a whole column chunk
@@ -139,7 +140,7 @@ def _parquet_documents(path: str, column: str, counts: DocumentCounts) -> Iterat
     except InputError:
         raise
     except Exception as error:  # ArrowException, OSError, and whatever clients of object storage raise
-        raise InputError(f"{path}: cannot be read as parquet: {without_secrets(str(error))}") from error
+        raise InputError(f"{path}: cannot be read as parquet: {first_line(str(error))}") from error
 
 
 def _check_column(schema: Any, column: str, path: str) -> None:
@@ -203,7 +204,7 @@ def hub_stream(source: SourceConfig) -> Any:
     try:
         stream = datasets.load_dataset(source.dataset, name=source.name, split=source.split, revision=source.revision, streaming=True)
     except Exception as error:  # as many types as there are storage clients under it
-        raise InputError(f"{source_name(source)}: the dataset of the Hub cannot be opened: {without_secrets(str(error))}") from error
+        raise InputError(f"{source_name(source)}: the dataset of the Hub cannot be opened: {first_line(str(error))}") from error
     if stream.column_names is not None and source.column in stream.column_names:
         stream = stream.select_columns([source.column])  # the others of a parquet file are not downloaded
     return stream
@@ -218,7 +219,7 @@ def hub_documents(source: SourceConfig, stream: Any, where: str) -> Iterator[Doc
         except StopIteration:
             return
         except Exception as error:
-            reason = without_secrets(str(error))
+            reason = first_line(str(error))
             raise InputError(f"{where}: the dataset of the Hub broke off at row {number}: {reason}; start again to go on") from error
         yield _field(example, source.column, f"{where}, {source.split}, row {number}"), True
         number += 1

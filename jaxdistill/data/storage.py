@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxdistill.errors import InputError
-from jaxdistill.urls import is_url, local_path, without_secrets
+from jaxdistill.redaction import first_line
+from jaxdistill.urls import is_url, local_path
 
 LOCK = "lock"
 CLIENTS = {
@@ -35,10 +36,10 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        install = f"pip install {CLIENTS[protocol]}" if protocol in CLIENTS else without_secrets(str(error))
+        install = f"pip install {CLIENTS[protocol]}" if protocol in CLIENTS else first_line(str(error))
         raise InputError(f"{url}: the client of {protocol}:// is not installed: {install}") from None
     except Exception as error:  # every client has its own types
-        raise InputError(f"{url}: cannot be opened: {without_secrets(str(error))}") from None
+        raise InputError(f"{url}: cannot be opened: {first_line(str(error))}") from None
 
 
 def open_folder(place: str | Path) -> Folder:
@@ -165,7 +166,7 @@ class RemoteFolder(Folder):
         except InputError:
             raise
         except Exception as error:  # every client has its own types
-            raise InputError(f"{self.place}: {what}: {without_secrets(str(error))}; what is finished stays") from error
+            raise InputError(f"{self.place}: {what}: {first_line(str(error))}; what is finished stays") from error
 
     def make(self) -> None:
         """Nothing to make: names of objects hold slashes."""

@@ -16,8 +16,8 @@ from tiny_models import random_params
 from jaxdistill.card import card_of
 from jaxdistill.config import load_config
 from jaxdistill.errors import InputError
+from jaxdistill.hub.push import Push
 from jaxdistill.models import find_model, hub_origin, load_pretrained, save_pretrained, weights_sha256
-from jaxdistill.push import Push
 from jaxdistill.resolve import resolve
 
 # Of the client's own upload by plain LFS.

@@ -106,9 +106,10 @@ def test_masked_rows_against_loops(noise):
     arrays = make_rows()
     total, count = by_loops(*arrays, MASK, FILLED)
     expected = evaluate(*arrays, MASK, FILLED)
-    for array, counted in zip(arrays, (MASK, MASK, FILLED > 0), strict=True):
-        array[~counted] = noise
-    value, own_count, gradients = evaluate(*arrays, MASK, FILLED)
+    # New arrays: a computation that is still under way may read the old ones.
+    rows = zip(arrays, (MASK, MASK, FILLED > 0), strict=True)
+    noisy = [np.where(counted[:, None], array, np.float32(noise)) for array, counted in rows]
+    value, own_count, gradients = evaluate(*noisy, MASK, FILLED)
     assert_close(value, total / count)
     assert own_count == count == 13
     for gradient, reference, counted in zip(gradients, expected[2], (MASK, MASK, FILLED > 0), strict=True):

@@ -19,9 +19,9 @@ import jaxdistill
 from jaxdistill import checkpoint, evaluate
 from jaxdistill.batches import run_order
 from jaxdistill.checkpoint import Checkpoints
-from jaxdistill.checksums import DamagedError
 from jaxdistill.config import load_config
 from jaxdistill.data import TokenStore, prepare
+from jaxdistill.faults.checksums import DamagedError
 from jaxdistill.models import load_pretrained
 from jaxdistill.recorder import Recorder
 from jaxdistill.resolve import resolve

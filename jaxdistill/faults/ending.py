@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from jaxdistill import processes
 from jaxdistill.errors import TRY_AGAIN, DivergedError, InputError, PreemptedError
-from jaxdistill.preemption import stoppable
+from jaxdistill.faults.preemption import stoppable
 
 
 def _end(code: int) -> NoReturn:

@@ -11,11 +11,12 @@ from pathlib import Path
 from jaxdistill.card import Published, Score, licence_of
 from jaxdistill.compare.cells import read_cells
 from jaxdistill.config import load_config
-from jaxdistill.errors import InputError, redacted
+from jaxdistill.errors import InputError
 from jaxdistill.export import export_checkpoint, students_of
+from jaxdistill.hub.push import Push, look, push_folder, show
 from jaxdistill.models import weights_sha256
 from jaxdistill.processes import is_main
-from jaxdistill.push import Push, look, push_folder, show
+from jaxdistill.redaction import redacted
 from jaxdistill.resolve import resolve_stages
 from jaxdistill.results import is_result, read_result
 from jaxdistill.tasks import TASKS

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.card import card_of
-from jaxdistill.errors import InputError, redacted
+from jaxdistill.errors import InputError
 from jaxdistill.models import network_errors, refusal
+from jaxdistill.redaction import redacted
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?")
 _BRANCH = re.compile(r"[A-Za-z0-9][\w./-]*")

@@ -1,0 +1,1 @@
+"""`export` as a command: students as folders, or as repositories of the Hub."""
