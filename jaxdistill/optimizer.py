@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdistill.config import OptimizerConfig
@@ -19,10 +20,11 @@ def learning_rate(config: OptimizerConfig, steps: int):
     warmup = max(round(config.warmup * steps), 1)
 
     def rate(count):
-        done = jnp.asarray(count, jnp.float32) + 1.0
-        progress = jnp.clip((done - warmup) / (steps - warmup + 1), 0.0, 1.0)
-        decayed = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress))}
-        return config.learning_rate * jnp.minimum(done / warmup, decayed[config.schedule])
+        xp = jnp if isinstance(count, jax.Array) else np  # of a number that the host knows, no device is asked
+        done = xp.asarray(count, xp.float32) + 1.0
+        progress = xp.clip((done - warmup) / (steps - warmup + 1), 0.0, 1.0)
+        decayed = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + xp.cos(xp.pi * progress))}
+        return config.learning_rate * xp.minimum(done / warmup, decayed[config.schedule])
 
     return rate
 

@@ -38,13 +38,15 @@ def checksums(tree: Any) -> dict[str, int]:
     return dict(zip([array_path(path) for path, _ in leaves], totals, strict=True))
 
 
-def _shards(x: jax.Array) -> Iterator[tuple[jax.Array, np.ndarray, np.ndarray]]:
+def _shards(x: jax.Array) -> Iterator[tuple[jax.Array | np.ndarray, np.ndarray, np.ndarray]]:
     """Every part of an array once, over all processes: its data, where it starts and the array's strides, in words."""
     strides = np.cumprod([1, *x.shape[:0:-1]])[::-1] if x.ndim else np.zeros(0)
     for shard in x.addressable_shards:
         if shard.replica_id == 0:
             starts = [part.start or 0 for part in shard.index]
-            yield shard.data, np.array(starts, np.int64).astype(np.uint32), strides.astype(np.uint32)
+            # In host memory already, and then on the first device, for which alone it is compiled.
+            data = np.asarray(shard.data) if shard.device.platform == "cpu" else shard.data
+            yield data, np.array(starts, np.int64).astype(np.uint32), strides.astype(np.uint32)
 
 
 @jax.jit
