@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from jaxdistill import processes
 from jaxdistill.errors import TRY_AGAIN, PreemptedError
 
 _PATIENCE = 2.0  # seconds until a main thread that does not hear (it is inside the compiler) is stopped without it
@@ -37,7 +38,7 @@ def _watch(reader: socket.socket) -> None:
         while number := reader.recv(1):
             if number[0] == signal.SIGTERM and not _Now.between_steps and not _Now.heard.wait(_PATIENCE):
                 cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
-                print(f"{cursor}stopped; what was finished is kept, the same command goes on", file=sys.stderr, flush=True)
+                print(f"{cursor}{processes.STOPPED}", file=sys.stderr, flush=True)
                 os._exit(TRY_AGAIN)
 
 
@@ -105,7 +106,8 @@ def between_steps() -> Iterator[Callable[[int], bool]]:
     from jax.experimental import multihost_utils
 
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point if jax.config.jax_enable_preemption_service else lambda _step: False
+        with processes.asking():
+            yield multihost_utils.reached_preemption_sync_point if jax.config.jax_enable_preemption_service else lambda _step: False
         return
     with _handled(signal.SIGINT):
         _Now.between_steps, _Now.asked = True, None

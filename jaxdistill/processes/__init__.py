@@ -5,9 +5,12 @@ what any of them may find wrong is raised by all of them, so that none is left w
 """
 
 from jaxdistill.processes.exchange import barrier, check_shared, count, from_main, gathered, index, is_main, together
-from jaxdistill.processes.group import check_joined, end, hosts, join, joined, only_on_main
+from jaxdistill.processes.group import asking, check_joined, end, hosts, join, joined, only_on_main
+from jaxdistill.processes.watch import STOPPED
 
 __all__ = [
+    "STOPPED",
+    "asking",
     "barrier",
     "check_joined",
     "check_shared",

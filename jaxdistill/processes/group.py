@@ -71,6 +71,16 @@ def hosts() -> list[str]:
     return list(_hosts)
 
 
+@contextlib.contextmanager
+def asking() -> Iterator[None]:
+    """Inside, the run asks for notices (SIGTERM to any process) after every step; elsewhere one ends all processes where they are."""
+    if _watch is not None:
+        _watch.asked = True
+    yield
+    if _watch is not None:  # and not where an error passes: a run that stops has a checkpoint to finish
+        _watch.asked = False
+
+
 def check_joined() -> None:
     """Raises InputError where devices of processes are here that cannot talk to each other."""
     import jax

@@ -19,7 +19,9 @@ from typing import Any, NoReturn
 from jaxdistill.errors import TRY_AGAIN
 
 GOES_ON = "; all end, and the same command goes on from the newest checkpoint"
+STOPPED = "stopped; what was finished is kept, the same command goes on"
 _BEATS, _FAILURES, _VERDICT = "jaxdistill/beats/", "jaxdistill/failures/", "jaxdistill/verdict/"
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # where JAX's runtime writes that a process was sent SIGTERM, or told by its platform
 GRACE_SECONDS = 3.0  # between the first process that fails and the last that fails of the same
 
 
@@ -34,6 +36,7 @@ class Watch:
         self._seen: dict[int, tuple[str, float]] = {}  # process -> its last beat, and when it came
         self._failed_since: float | None = None
         self.own_failure: str | None = None
+        self.asked = False  # the run itself asks for notices, after every step
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._beat, self._look_at_main)]
 
     def start(self) -> None:
@@ -72,6 +75,9 @@ class Watch:
                 self._lost(0, f"has not answered for {self.heartbeat:g} s")
 
     def _look_at_all(self) -> None:
+        if not self.asked and self._noticed():
+            self.judge(None, "was told to stop", TRY_AGAIN)
+            return
         for key, beat in self._client.key_value_dir_get(_BEATS):
             number = int(key.rpartition("/")[2])
             if self._seen[number][0] != beat:
@@ -88,8 +94,16 @@ class Watch:
                 number = min(certain)
                 self.judge(number, f"has failed: {failures[number]['message']}", failures[number]["code"])
 
-    def judge(self, number: int, what: str, code: int) -> None:
-        """Says to all why they end; the first to be said counts."""
+    def _noticed(self) -> bool:
+        try:
+            return bool(self._client.key_value_try_get(_NOTICE))
+        except Exception as error:
+            if "NOT_FOUND" in str(error):
+                return False
+            raise
+
+    def judge(self, number: int | None, what: str, code: int) -> None:
+        """Says to all why they end, with the process that is to blame; the first to be said counts."""
         if not self._client.key_value_dir_get(_VERDICT):
             self._client.key_value_set(f"{_VERDICT}0", json.dumps({"process": number, "what": what, "code": code}), allow_overwrite=True)
 
@@ -141,8 +155,8 @@ class Watch:
         if self.own_failure is None:
             self._end(number, what, TRY_AGAIN)
 
-    def _end(self, number: int, what: str, code: int) -> NoReturn:
-        end_now(f"error: {self.name(number)} {what}{GOES_ON if code == TRY_AGAIN else ''}", code)
+    def _end(self, number: int | None, what: str, code: int) -> NoReturn:
+        end_now(STOPPED if number is None else f"error: {self.name(number)} {what}{GOES_ON if code == TRY_AGAIN else ''}", code)
 
 
 def end_now(line: str | None, code: int) -> NoReturn:

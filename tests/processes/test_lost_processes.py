@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 
+from jaxdistill.processes import STOPPED
 from launch import start
 
 HEARTBEAT = 4.0
@@ -42,13 +43,18 @@ def test_the_others_end_within_the_heartbeat_and_name_it(tmp_path):
             group.stop()
 
 
-def test_what_one_process_finds_wrong_is_said_by_each_and_one_that_never_comes_is_waited_for_so_long(tmp_path):
+def test_what_one_process_finds_wrong_or_is_told_is_said_by_each_and_one_that_never_comes_is_waited_for_so_long(tmp_path):
     fails = start(tmp_path / "fails", 2, "looping", "looping", "--fails", "1")
+    told = start(tmp_path / "told", 2, "looping", "looping", "--heartbeat", str(HEARTBEAT))  # it never asks for notices
     alone = [start(tmp_path / f"only{n}", 2, "looping", "looping", "--join-timeout", "2", only=n) for n in (0, 1)]
-    with fails, alone[0], alone[1]:
+    with fails, told, alone[0], alone[1]:
         assert fails.wait(seconds=60) == [2, 2]
         assert fails.last_line(1) == "error: the disk of this host is full"
         assert fails.last_line(0) == f"error: process 1 ({HERE}) has failed: the disk of this host is full"
         for number, what in ((0, "not all of the 2 processes came"), (1, f"nobody answers at {alone[1].address}")):
             assert alone[number].wait(seconds=60) == [75]
             assert alone[number].last_line(0) == f"error: process {number}: {what} within 2 s (--join-timeout)"
+        told.until(0, "computing")
+        told.processes[1].send_signal(signal.SIGTERM)
+        assert told.wait(seconds=30) == [75, 75]
+        assert [told.last_line(number) for number in (0, 1)] == [STOPPED, STOPPED]
