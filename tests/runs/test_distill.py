@@ -98,10 +98,9 @@ def test_devices_and_micro_batches_do_not_change_the_run(done, ground, tmp_path)
     """With dropout on: masks belong to the rows, not to where they are computed."""
     meshes = {"fsdp": {"data": 1, "fsdp": 8}, "tensor": {"data": 4, "tensor": 2}, "mixed": {"data": 2, "fsdp": 2, "tensor": 2}}
     for name, mesh in meshes.items():
-        other = jaxdistill.distill(ground.config(tmp_path / name, mesh=mesh))
+        micro_batches = 2 if name == "tensor" else 1
+        other = jaxdistill.distill(ground.config(tmp_path / name, mesh=mesh, training__micro_batches=micro_batches))
         np.testing.assert_allclose(losses(other.history), losses(done.history), rtol=1e-5, err_msg=name)
-    pieces = jaxdistill.distill(ground.config(tmp_path / "micro", mesh={"data": 4, "tensor": 2}, training__micro_batches=2))
-    np.testing.assert_allclose(losses(pieces.history), losses(done.history), rtol=1e-5)
 
 
 def test_several_students_train_as_they_would_alone(done, ground, tmp_path):
