@@ -54,6 +54,16 @@ def _joins(*, main_alone: bool = False) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def _folder(option: typer.CallbackParam, value: str | None) -> str | None:
+    """Of an option that names a folder to write."""
+    from jaxdistill.urls import written_folder
+
+    try:
+        return value if value is None else written_folder(value)
+    except ValueError as error:
+        raise InputError(f"--{option.name}: {error}") from None
+
+
 def _config(config: str, overrides: list[str] | None):
     from jaxdistill.config import load_config
 
@@ -207,7 +217,7 @@ def export(
     student: Annotated[str | None, typer.Option(help="its name; default: every student")] = None,
     step: Annotated[int | None, typer.Option(help="checkpoint to take; default: the newest")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
-    to: Annotated[str | None, typer.Option(help="folder to write <student>/ into; default: RUN/export")] = None,
+    to: Annotated[str | None, typer.Option(callback=_folder, help="folder to write <student>/ into; default: RUN/export")] = None,
     push: Annotated[str | None, typer.Option(help="user/name on the Hub; of several students user/name-<student>")] = None,
     public: Annotated[bool, typer.Option("--public", help="a repository that all can see; default: a private one")] = False,
     revision: Annotated[str, typer.Option(help="branch to push to")] = "main",
@@ -219,9 +229,9 @@ def export(
     """Write students of a run as folders that transformers loads, with a model card; --push puts them on the Hub."""
     from jaxdistill.hub.publish import Push, export_command
 
-    if not push and (public or revision != "main"):
+    if push is None and (public or revision != "main"):
         raise InputError(f"{'--public' if public else '--revision'}: means nothing without --push user/name")
-    to_hub = push and Push(push, public=public, revision=revision)
+    to_hub = None if push is None else Push(push, public=public, revision=revision)
     more = {"licence": licence, "results": Path(results), "dry_run": dry_run, "overwrite": overwrite}
     export_command(Path(run), student=student, step=step, dtype=dtype, to=to and Path(to), push=to_hub, **more)
 
@@ -232,7 +242,7 @@ def compare(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT...", help="results (folder or file), a run, a model folder, udagawa2023[:3L], wang2023")
     ],
-    output: Annotated[str, typer.Option(help="folder for comparison.md, comparison.csv and index.html")] = "comparison",
+    output: Annotated[str, typer.Option(callback=_folder, help="folder for comparison.md, comparison.csv and index.html")] = "comparison",
     results: Annotated[str, typer.Option(help="folder where the scores of runs and model folders are looked up")] = "results",
     reference: Annotated[str | None, typer.Option(help="model to test against; default: the one with the most parameters")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a comparison that is there")] = False,
@@ -258,7 +268,7 @@ def latency(
     repeats: Annotated[int, typer.Option(help="runs of at least 0.2 s each")] = 5,
     framework: Annotated[list[str] | None, typer.Option(help="jax or pytorch; default: both, where PyTorch is installed")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    results: Annotated[str, typer.Option(help="folder of the models' results")] = "results",
+    results: Annotated[str, typer.Option(callback=_folder, help="folder of the models' results")] = "results",
 ) -> None:
     """Time the forward pass of models, one example and batches; speed is relative to the first one."""
     from jaxdistill.latency import latency as measure
@@ -277,8 +287,8 @@ def lost(
     language_column: Annotated[str | None, typer.Option(help="names the language of a text: numbers for each")] = None,
     rows: Annotated[int, typer.Option(help="paragraphs to compare on, at most")] = 256,
     length: Annotated[int, typer.Option(help="tokens of a paragraph, at most")] = 128,
-    results: Annotated[str, typer.Option(help="folder of the models' results")] = "results",
-    output: Annotated[str | None, typer.Option(help="folder for the heat maps; default: RESULTS/lost")] = None,
+    results: Annotated[str, typer.Option(callback=_folder, help="folder of the models' results")] = "results",
+    output: Annotated[str | None, typer.Option(callback=_folder, help="folder for the heat maps; default: RESULTS/lost")] = None,
 ) -> None:
     """Show what a student lost: layers, relations, attention heads and words, by length and language."""
     from jaxdistill.lost import lost as compare

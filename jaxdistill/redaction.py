@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 
-# A password in a URL (in one for http a name alone may be a token; abfs://container@account holds none), a parameter that sounds like
-# a secret, and the Hub's tokens wherever they stand.
+# A password in a URL: what stands between a colon that is no port's and the last @, for secrets may hold slashes; in one for http a name
+# alone may be a token, where abfs://container@account holds none. A parameter that is named like a secret. The Hub's tokens.
+_KEY = r"(?:aws)?(?:api|access|secret|account|private)?[-_]?key(?:[-_]?id)?"
+_NAME = rf"(?:[\w.-]*[-_.])?(?:sig(?:nature)?|token|{_KEY}|cred(?:ential)?s?|secret|passw(?:or)?d|auth(?:orization)?)"
 _SECRET = re.compile(
-    r"(?P<before>\bhttps?:/?/)[^/\s@]+(?=@)|(?P<scheme>[:/]/)[^/\s@]*:[^/\s@]*(?=@)"
-    r"|(?P<name>[?&;][^=&?/;\s]*(?:sig|token|key|cred|secret|passw|auth)[^=&?/;\s]*=)[^&;\s'\"]+|\bhf_[A-Za-z0-9]{16,}",
+    r"(?P<before>\bhttps?:/?/)[^/\s@]+(?=@)|(?P<scheme>[:/]/)[^/\s@:'\"]*:(?!\d+(?:/|$))[^\s'\"]*(?=@)"
+    rf"|(?P<name>[?&;#]{_NAME}=)[^&;#\s'\"]+|\bhf_[A-Za-z0-9]{{30,}}\b",
     re.IGNORECASE,
 )
 _ENVIRONMENT = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

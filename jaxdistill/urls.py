@@ -21,6 +21,15 @@ def local_path(place: str | Path) -> Path:
     return Path(os.path.expanduser(str(place).removeprefix("file://")))
 
 
+def written_folder(place: str) -> str:
+    """A folder that is to be written; raises ValueError for what would become one by mistake: a URL, nothing at all."""
+    if not place.strip():
+        raise ValueError("is empty; name a folder")
+    if is_url(place):
+        raise ValueError("is a URL, and only folders are written (a token store may be at one); name a folder, of a mounted disk or bucket")
+    return place.removeprefix("file://")
+
+
 def check_url(url: str) -> None:
     """Raises ValueError, which does not repeat it, for a URL with credentials in it: configs, manifests and messages would keep them."""
     if holds_secret(url):

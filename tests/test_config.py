@@ -285,3 +285,17 @@ def test_errors_that_say_what_would_be_right(fields, message):
 def test_short_forms():
     assert load_config(FIELDS, objective="hidden_mse").objective == load_config(FIELDS, objective=[{"kind": "hidden_mse"}]).objective
     assert load_config(FIELDS, stages={"x": None}) == load_config(FIELDS, stages={"x": {}})
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [("gs://bucket/run", "output: is a URL, and only folders are written"), ("", "output: is empty; name a folder"), (" ", "is empty")],
+)
+def test_the_output_is_a_folder(place, wrong):
+    with pytest.raises(InputError, match=wrong):
+        load_config({"teacher": "x", "data": {"sources": ["x"]}, "students": {"a": {"num_layers": 1}}, "output": place})
+
+
+def test_the_output_as_a_url_of_this_machine():
+    fields = {"teacher": "x", "data": {"sources": ["x"]}, "students": {"a": {"num_layers": 1}}}
+    assert load_config(fields | {"output": "file:///tmp/run"}).output == "/tmp/run"

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from jaxdistill.config.load import apply_overrides, read_config_file, validated
 from jaxdistill.config.sections import Fraction, MeshConfig
-from jaxdistill.config.terms import AsTuple, NotNegative, Positive, Section
+from jaxdistill.config.terms import AsTuple, Folder, NotNegative, Positive, Section
 from jaxdistill.errors import InputError, nearest
 
 Rate = Annotated[float, Field(gt=0)]
@@ -89,8 +89,8 @@ class EvaluationConfig(Section):
     seeds_together: Literal["auto"] | bool = "auto"  # auto: on an accelerator, not on a CPU
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 elsewhere
     mesh: MeshConfig = MeshConfig()
-    results: str = "results"  # folder of one JSON file a model
-    output: str | None = None  # of finetune: folder of the model that it writes
+    results: Folder = "results"  # folder of one JSON file a model
+    output: Folder | None = None  # of finetune: folder of the model that it writes
 
     @pydantic.field_validator("tasks", "models", mode="before")
     @classmethod

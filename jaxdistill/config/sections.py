@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from jaxdistill.config.data import DataConfig, Fraction, Share
-from jaxdistill.config.terms import AsTuple, Objective, Positive, RelationKL, Section
+from jaxdistill.config.terms import AsTuple, Folder, Objective, Positive, RelationKL, Section
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
 
@@ -232,7 +232,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     kernels: KernelsConfig = KernelsConfig()
     export: ExportConfig = ExportConfig()
-    output: str
+    output: Folder
 
     def optimizer_of(self, student: str) -> OptimizerConfig:
         """The run's optimizer with the student's changes."""

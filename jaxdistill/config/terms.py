@@ -10,6 +10,7 @@ from pydantic import model_validator as validator
 
 from jaxdistill.errors import nearest
 from jaxdistill.layer_map import STRATEGIES, Pairs, layer_pairs
+from jaxdistill.urls import written_folder
 
 # YAML has lists, frozen models want tuples; strict mode would refuse the one for the other.
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
@@ -19,6 +20,9 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Folder = Annotated[str, AfterValidator(written_folder)]
 
 
 class Schedule(Section):
