@@ -23,7 +23,7 @@ from jaxdistill.config import Config
 from jaxdistill.data import RowSource
 from jaxdistill.errors import InputError
 from jaxdistill.faults.checksums import DamagedError, array_path, checksums, damage
-from jaxdistill.faults.disk import without_abandoned, writing
+from jaxdistill.faults.disk import CommitFailures, without_abandoned, writing
 from jaxdistill.models import weights_sha256
 from jaxdistill.processes import gathered, is_main
 from jaxdistill.resolve import Run
@@ -103,7 +103,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int | None = None):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a dozen lines for every save, and pages for what it raises
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines for every save, and pages for what it raises
+        self._failures = CommitFailures(folder)
         if jax.process_count() == 1:
             # Replicas would share the writing of an array in slices, and each shape of a slice is compiled: worth it across hosts.
             handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
@@ -115,6 +116,7 @@ class Checkpoints:
 
     def __enter__(self) -> Checkpoints:
         self._hook, sys.unraisablehook = sys.unraisablehook, without_abandoned(sys.unraisablehook)
+        logging.getLogger("absl").addFilter(self._failures)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -124,6 +126,7 @@ class Checkpoints:
         finally:
             gc.collect()
             sys.unraisablehook = self._hook
+            logging.getLogger("absl").removeFilter(self._failures)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""

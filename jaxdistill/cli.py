@@ -7,7 +7,7 @@ import inspect as reflection
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,7 +54,7 @@ def _joins(*, main_alone: bool = False) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _folder(option: typer.CallbackParam, value: str | None) -> str | None:
+def _folder(option: Any, value: str | None) -> str | None:
     """Of an option that names a folder to write."""
     from jaxdistill.urls import written_folder
 
@@ -109,12 +109,15 @@ def prepare(
 ) -> None:
     """Make the token store of a config, or find that it is there already."""
     from jaxdistill import processes
+    from jaxdistill.hosts import check_same
     from jaxdistill.inspect import language_table
     from jaxdistill.report import print_table, summary_table
     from jaxdistill.resolve import resolve
     from jaxdistill.text import prepare_text
 
-    run = resolve(_config(config, [*(overrides or []), "mesh={}"]), num_devices=1)
+    with processes.together():
+        run = resolve(_config(config, [*(overrides or []), "mesh={}"]), num_devices=1)
+    check_same([run])
     if run.task:
         raise InputError("data.task: a task is read when the run starts, there is nothing to prepare")
     if run.config.data.streaming:

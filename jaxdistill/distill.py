@@ -80,9 +80,9 @@ def distill(
       PreemptedError: SIGTERM; the same call goes on. Ctrl-C too stops between two steps, after a checkpoint.
     """
     runtime.configure()
+    processes.check_joined()  # it may wait for the others: not where one may have failed already
     with processes.together():
         config = select_students(load_config(config, overrides, **fields), only)
-        processes.check_joined()
         if not overwrite:
             config = as_begun(config)
         runs = resolve_stages(config)

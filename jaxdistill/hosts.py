@@ -18,13 +18,14 @@ from jaxdistill.resolve import Run
 
 
 def check_same(runs: Sequence[Run]) -> None:
-    """Raises InputError where a process has another config or JAX than the main one: they would compute different programs."""
-    own = [f"jax: {jax.__version__}", *(line.strip() for run in runs for line in run.config.to_yaml().splitlines())]
+    """Raises InputError where a process has another config, JAX or tokenizer than the main one: other programs, or other rows."""
+    tokenizers = [f"tokenizer: {run.tokenizer.fingerprint}" for run in runs]
+    own = [f"jax: {jax.__version__}", *tokenizers, *(line.strip() for run in runs for line in run.config.to_yaml().splitlines())]
     theirs = processes.from_main(own)
     with processes.together():
         for ours, line in itertools.zip_longest(own, theirs, fillvalue="nothing"):
             if ours != line:
-                raise InputError(f"config: {ours!r} here and {line!r} in process 0; give every process the same config and JAX")
+                raise InputError(f"config: {ours!r} here and {line!r} in process 0; give every process the same config, JAX and tokenizer")
 
 
 def check_same_teacher(run: Run) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxdistill import processes
 from jaxdistill.errors import InputError
+from jaxdistill.redaction import first_line
 
 # What a person has to put right on a disk. Some libraries pass it on as text alone.
 _DISK = {getattr(errno, name): os.strerror(getattr(errno, name)) for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EACCES", "EPERM")}
@@ -40,6 +43,25 @@ def writing(what: str, folder: str | Path) -> Iterator[None]:
             raise
     if fault:  # here, so that nothing of what was under way is kept alive by it
         raise InputError(f"{what}: {folder} cannot be written: {fault}; what lies there is kept, and the same command goes on")
+
+
+class CommitFailures(logging.Filter):
+    """Of Orbax's log: lets nothing through, and ends several processes when one of them cannot write its part of a checkpoint.
+
+    Orbax says so nowhere else: its threads, and with them the main threads of all, would wait for one another for 20 minutes.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self._folder = folder
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and "background save thread" in record.getMessage() and processes.count() > 1:
+            fault = _disk_fault(error, self._folder)
+            why = f"{fault}; what lies there is kept, and the same command goes on" if fault else first_line(str(error))
+            processes.fail(f"output: {self._folder} cannot be written: {why}", 2 if fault else 1)
+        return record.levelno >= logging.CRITICAL
 
 
 def without_abandoned(hook: Callable) -> Callable:

@@ -5,7 +5,7 @@ what any of them may find wrong is raised by all of them, so that none is left w
 """
 
 from jaxdistill.processes.exchange import barrier, check_shared, count, from_main, gathered, index, is_main, together
-from jaxdistill.processes.group import asking, check_joined, end, hosts, join, joined, only_on_main
+from jaxdistill.processes.group import asking, check_joined, end, fail, hosts, join, joined, only_on_main
 from jaxdistill.processes.watch import STOPPED
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "check_shared",
     "count",
     "end",
+    "fail",
     "from_main",
     "gathered",
     "hosts",

@@ -124,9 +124,7 @@ def own_devices(cluster: Any) -> list[int] | None:
     if number is None or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
     tasks, on_host = _tasks_here(), os.environ.get("SLURM_GPUS_ON_NODE", "")
-    seen = next(
-        (os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if os.environ.get(name)), ""
-    )
+    seen = next((os.environ[name] for name in _VISIBLE if os.environ.get(name)), "")
     visible = len(seen.split(",")) if seen else int(on_host) if on_host.isdigit() else None
     if tasks == 1:
         return None

@@ -159,6 +159,16 @@ def end(code: int) -> None:
     end_now(None, code)
 
 
+def fail(message: str, code: int) -> None:
+    """Ends this process from any thread with its error, and with it the others, which name it. Alone: does nothing."""
+    global _ending
+    if _watch is not None:
+        _ending = (None, code)
+        _watch.fail(message, code, perhaps_lost=False)
+        print(f"error: {message}", file=sys.stderr)
+        end(code)
+
+
 def only_on_main(work: Callable[[], Any]) -> None:
     """Work of one process, on the devices of its host, while the others wait for it at the end of the command."""
     import jax

@@ -62,10 +62,18 @@ def test_one_process_on_each_node(job, tmp_path, monkeypatch):
             assert SlurmCluster.get_local_process_id() == 0
 
 
-@pytest.mark.parametrize("codes, expected", [("75 75", 75), ("0 75", 75), ("2 2", 2), ("1 75", 75), ("0 1", 1)])
-def test_only_75_goes_back_to_the_queue(job, tmp_path, codes, expected):
+@pytest.mark.parametrize(
+    "codes, expected, again",
+    [("75 75", 75, True), ("0 75", 75, True), ("2 2", 2, False), ("1 75", 75, True), ("0 1", 1, False), ("137 75", 137, True)],
+)
+def test_what_can_go_on_goes_back_to_the_queue(job, tmp_path, codes, expected, again):
     assert job("run.yaml", CODES=codes).wait(timeout=30) == expected
-    assert requeued(tmp_path) == (expected == 75)
+    assert requeued(tmp_path) == again
+
+
+def test_killed_a_job_goes_back_a_few_times(job, tmp_path):
+    assert job("run.yaml", CODES="137 75", SLURM_RESTART_COUNT="5").wait(timeout=30) == 137
+    assert not requeued(tmp_path)
 
 
 def test_before_the_time_is_over(job, tmp_path):
