@@ -79,6 +79,13 @@ def test_a_thread_and_an_ignored_signal_are_left_alone():
             tell(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, ignored)
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        with pytest.raises(PreemptedError), stoppable(program=True):
+            tell(signal.SIGINT)
+            tell(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
 
 
 # A C function that hears no signal and lets other threads run, as a compiler does; and a worker process that its parent ends.
@@ -86,7 +93,7 @@ BUSY = """
 import hashlib, multiprocessing, sys, time
 from jaxdistill.faults.preemption import stoppable
 
-with stoppable():
+with stoppable(program=True):
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     child.start()
     time.sleep(0.2)
@@ -97,13 +104,14 @@ with stoppable():
 """
 
 
-def test_a_main_thread_that_cannot_hear_is_stopped_without_it_and_a_child_is_no_matter():
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_main_thread_that_cannot_hear_is_stopped_without_it_and_a_child_is_no_matter(number, code):
     process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == f"child {-signal.SIGTERM}\n"
     time.sleep(0.3)
     assert process.poll() is None
     told = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (75, "stopped; what was finished is kept, the same command goes on\n")
+    assert (process.returncode, err) == (code, "stopped; what was finished is kept, the same command goes on\n")
     assert time.monotonic() - told < 10

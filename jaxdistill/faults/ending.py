@@ -28,7 +28,7 @@ def ended(command: Callable[[], None]) -> None:
     """Exit codes: 0 done; 2 the input or the disk must be put right (one line on stderr); 75 stopped by SIGTERM, or another process is
     lost: the same command goes on; 130 interrupted; 1 anything else."""
     try:
-        with stoppable():
+        with stoppable(program=True):
             command()
     except PreemptedError as error:
         print(_stopped(str(error)), file=sys.stderr)

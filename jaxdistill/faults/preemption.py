@@ -32,14 +32,18 @@ def _handle(number: int, _frame) -> None:
         raise KeyboardInterrupt if number == signal.SIGINT else PreemptedError("stopped")
 
 
-def _watch(reader: socket.socket) -> None:
-    """A handler waits for the main thread to be in Python; a compilation may take longer than a machine is left to us."""
+def _watch(reader: socket.socket, codes: dict[int, int]) -> None:
+    """A handler waits for the main thread to be in Python; a compilation may take longer than a machine is left to us.
+
+    Args:
+      codes: signal -> exit code.
+    """
     with reader:
         while number := reader.recv(1):
-            if number[0] == signal.SIGTERM and not _Now.between_steps and not _Now.heard.wait(_PATIENCE):
+            if number[0] in codes and not _Now.between_steps and not _Now.heard.wait(_PATIENCE):
                 cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
                 print(f"{cursor}{processes.STOPPED}", file=sys.stderr, flush=True)
-                os._exit(TRY_AGAIN)
+                os._exit(codes[number[0]])
 
 
 def _child() -> None:
@@ -72,13 +76,19 @@ def _joined() -> bool:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM raises PreemptedError wherever the main thread is; the handler that was there is put back. May be nested."""
+def stoppable(*, program: bool = False) -> Iterator[None]:
+    """Inside, SIGTERM raises PreemptedError wherever the main thread is; the handler that was there is put back. May be nested.
+
+    Args:
+      program: Ctrl-C too ends the process if the main thread does not hear it, which a notebook would not like.
+    """
     if _Now.installed or _joined():
         yield
         return
-    with _handled(signal.SIGTERM) as ours:
-        if not ours:
+    wanted = {signal.SIGTERM: TRY_AGAIN} | ({signal.SIGINT: 130} if program else {})
+    with contextlib.ExitStack() as stack:
+        codes = {number: code for number, code in wanted.items() if stack.enter_context(_handled(number))}
+        if signal.SIGTERM not in codes:
             yield
             return
         reader, writer = socket.socketpair()
@@ -86,7 +96,7 @@ def stoppable() -> Iterator[None]:
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         _Now.installed, _Now.asked = True, None
         _Now.heard.clear()
-        threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+        threading.Thread(target=_watch, args=(reader, codes), name="signals", daemon=True).start()
         try:
             yield
         finally:

@@ -52,6 +52,8 @@ def join(
     place = find_place(coordinator, processes, process, timeout=timeout)
     if place is None:
         return
+    if place.number == 0:
+        _check_free(place.coordinator)
     instead_of_abort(functools.partial(_explain_abort, place, timeout))
     try:
         jax.distributed.initialize(
@@ -64,6 +66,17 @@ def join(
     _hosts[:] = exchange.gathered(socket.gethostname())
     _watch = Watch(exchange.client(), place.number, _hosts, heartbeat)
     _watch.start()
+
+
+def _check_free(address: str) -> None:
+    """Raises InputError if somebody listens at this port already: JAX's runtime would crash."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a run before may linger
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise InputError(f"process 0: cannot listen at {address}: {error.strerror}; give another port") from None
 
 
 def hosts() -> list[str]:

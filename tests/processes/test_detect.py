@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 
 import jax
 import pytest
@@ -211,6 +212,14 @@ def test_join_hands_it_all_to_jax(cluster, monkeypatch):
     }  # fmt: skip
     with pytest.raises(InputError, match="at least 1 second"):
         processes.join(heartbeat=0.5)
+
+
+def test_a_port_that_is_taken(cluster):
+    cluster()
+    with socket.create_server(("", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"process 0: cannot listen at {address}: Address already in use"):
+            processes.join(address, 2, 0)
 
 
 def test_one_process_and_one_that_has_joined_already_are_left_alone(cluster, monkeypatch):
