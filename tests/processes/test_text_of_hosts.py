@@ -48,10 +48,12 @@ def test_another_config_or_teacher_is_refused(small_ground, tmp_path, other_proc
         patch.setattr(processes, "from_main", lambda value: mine.append(json.loads(json.dumps(value))) or value)
         check_same(runs)
     theirs = [line.replace("batch_size: 8", "batch_size: 16") for line in mine[0]]
-    other_process(theirs, theirs[1:], "0" * 64)
+    tokenizer = [line.partition(": ")[0] + ": other" if line.startswith("tokenizer: ") else line for line in mine[0]]
+    other_process(theirs, theirs[1:], tokenizer, "0" * 64)
     with pytest.raises(InputError, match=r"config: 'batch_size: 8' here and 'batch_size: 16' in process 0; give every process the same"):
         check_same(runs)
-    with pytest.raises(InputError, match=r"config: 'jax: "):
-        check_same(runs)
+    for what in ("jax", "tokenizer"):
+        with pytest.raises(InputError, match=f"config: '{what}: "):
+            check_same(runs)
     with pytest.raises(InputError, match=r"teacher: the weights in .* are not those of process 0"):
         check_same_teacher(runs[0])
