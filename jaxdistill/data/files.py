@@ -150,7 +150,7 @@ class RemoteFiles:
             offset = start - blocks[number][1]
             chunk = data[number][offset : offset + end - start]
             if len(chunk) != end - start:
-                raise InputError(f"{self.place}/{name}: ends before byte {end}; the token store is damaged: copy or prepare it again")
+                raise InputError(f"{self.place}/{name}: ends before byte {end}; {DAMAGED}")
             found.append(chunk)
         return found
 
@@ -165,7 +165,7 @@ class RemoteFiles:
                 return data
             error, name = data[missing[0]], blocks[missing[0]][0]
             if isinstance(error, FileNotFoundError):
-                raise InputError(f"{self.place}/{name}: missing; the token store is damaged: copy or prepare it again") from error
+                raise InputError(f"{self.place}/{name}: missing; {DAMAGED}") from error
             if wait is None:
                 raise InputError(f"{self.place}/{name}: cannot be read after {len(RETRY_SECONDS) + 1} tries: {_said(error)}") from error
             time.sleep(wait)

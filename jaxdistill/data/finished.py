@@ -61,6 +61,13 @@ def store_manifest(data: DataConfig, tokenizer: TextTokenizer, fingerprint: str,
     }
 
 
+def verified(place: Any, parts: int, made: Sequence[str]) -> str:
+    """What `prepare --verify` found, in a line; `made`: names of the parts that it made again."""
+    if not made:
+        return f"{place}: all {parts:,} parts are as they were made"
+    return f"{place}: {len(made):,} of {parts:,} parts were damaged or missing and were made again: {made[0]}{', ...' if made[1:] else ''}"
+
+
 def _summary(source: SourceConfig, made: Sequence[Made]) -> Record:
     parts = [part for _, _, own in made for part in own]
     return {
