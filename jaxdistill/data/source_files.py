@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import glob
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
 import time
 from collections.abc import Iterator
@@ -19,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.config import SourceConfig
+from jaxdistill.data import compressed
 from jaxdistill.data.storage import Folder, filesystem
 from jaxdistill.errors import InputError
 from jaxdistill.redaction import first_line
 from jaxdistill.urls import is_url, local_path
 
 EXTENSIONS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text")}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # of jsonl and text; parquet compresses inside
 LARGEST_DOCUMENT = 64 << 20  # bytes of a line, or between two blank lines; tokenising takes about a hundred times as much memory
 # What a store tells of an object, best first: its content's hash, else a tag that changes with it, else when it was written.
 CONTENT_FIELDS = (
@@ -50,7 +47,7 @@ class SourceFile:
 def file_format(path: str | Path) -> str | None:
     """Which of `EXTENSIONS` the name ends in, the ending of a compression aside; parquet is never compressed as a file."""
     name = str(path).lower()
-    plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
+    plain = next((name.removesuffix(ending) for ending in compressed.ENDINGS if name.endswith(ending)), name)
     for known, extensions in EXTENSIONS.items():
         if (name if known == "parquet" else plain).endswith(extensions):
             return known
@@ -214,16 +211,6 @@ def open_bytes(path: str) -> Any:
     return fs.open(inner, "rb")
 
 
-def _decompressed(raw: Any, path: str) -> Any:
-    ending = Path(path).suffix.lower()
-    if ending == ".zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), 1 << 18)
-    openers = {".gz": lambda: gzip.GzipFile(fileobj=raw), ".bz2": lambda: bz2.BZ2File(raw), ".xz": lambda: lzma.LZMAFile(raw)}
-    return openers.get(ending, lambda: raw)()
-
-
 def read_lines(path: str, bytes_read: list[int]) -> Iterator[bytes]:
     """The lines of a file, unpacked; `bytes_read` gets one number, how far the file on disk has been read.
 
@@ -233,7 +220,7 @@ def read_lines(path: str, bytes_read: list[int]) -> Iterator[bytes]:
     try:
         with open_bytes(path) as raw:
             source = io.BufferedReader(raw, 1 << 20) if is_url(path) else raw
-            lines, first = _decompressed(source, path), True
+            lines, first = compressed.decompressed(source, path), True
             while line := lines.readline(LARGEST_DOCUMENT + 1):
                 if len(line) > LARGEST_DOCUMENT:
                     raise InputError(f"{path}: a line of more than {LARGEST_DOCUMENT >> 20} MiB; a document is a line or a few of them")
@@ -242,5 +229,5 @@ def read_lines(path: str, bytes_read: list[int]) -> Iterator[bytes]:
                 first = False
     except InputError:
         raise
-    except Exception as error:  # OSError, EOFError, zlib.error, LZMAError, and whatever clients of object storage raise
+    except Exception as error:  # OSError, EOFError, zlib.error, lzma.LZMAError, and whatever clients of object storage raise
         raise InputError(f"{path}: cannot be read to its end: {first_line(str(error))}") from error

@@ -69,6 +69,38 @@ def test_two_frames_are_one_file(tmp_path):
     assert read(tmp_path)[0] == TEXTS * len(PACKED)
 
 
+@pytest.mark.parametrize("ending", [ending for ending in PACKED if ending])
+def test_whatever_follows_the_first_stream_is_read_or_refused(tmp_path, ending):
+    """A bit of the second stream's header, bytes that are none, an end within it: never fewer documents without a word."""
+    first, second = PACKED[ending](LINES[:1000]), PACKED[ending](LINES[1000:])
+    path = tmp_path / f"a.jsonl{ending}"
+    flipped = bytes([second[0] ^ 1]) + second[1:]
+    for rest in (flipped, b"notes", second + b"notes", b"\0" * 8 + b"notes", second[:5], second[:-1]):
+        path.write_bytes(first + rest)
+        with pytest.raises(InputError, match=rf"a\.jsonl{ending}: cannot be read to its end: "):
+            read(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=rf"a\.jsonl{ending}: is empty, which no compressed file is"):
+        read(path)
+    path.write_bytes(PACKED[ending](b""))
+    assert read(path)[0] == []
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])
+def test_zeros_between_and_after_streams_are_padding(tmp_path, ending):
+    zeros = b"\0" * (1 << 19)  # more than is read at once
+    streams = [PACKED[ending](part) for part in (b"", LINES[:1000], b"", LINES[1000:])]
+    (tmp_path / f"a.jsonl{ending}").write_bytes(zeros.join(streams) + b"\0" * 4)
+    assert read(tmp_path)[0] == TEXTS
+
+
+def test_a_stream_that_unpacks_to_much_is_read_in_pieces(tmp_path):
+    for ending in (".bz2", ".xz"):
+        data = b"x" * 99 + b"\n\n"
+        (tmp_path / f"a.txt{ending}").write_bytes(PACKED[ending](data * 20_000))
+    assert read(tmp_path)[1].documents == 40_000
+
+
 def test_a_line_without_end_is_refused_before_memory_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxdistill.data.source_files.LARGEST_DOCUMENT", 1 << 20)
     for name in ("a.jsonl", "b.txt"):
