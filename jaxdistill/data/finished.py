@@ -82,6 +82,9 @@ def _summary(source: SourceConfig, made: Sequence[Made]) -> Record:
 def _check_split(held_out: float, totals: Record) -> None:
     documents = sum(totals["documents"].values())
     if held_out > 0 and not totals["tokens"]["held_out"]:
-        raise InputError(f"data.held_out: none of the {documents} documents falls into the share {held_out}; raise it or set it to 0")
+        raise InputError(
+            f"data.held_out: none of the {documents:,} documents falls into the share {held_out}; raise it or set it to 0 (blank lines "
+            "divide the documents of text files)"
+        )
     if not totals["tokens"]["train"]:
         raise InputError(f"data.held_out: all of the {documents} documents fall into the share {held_out}; lower it or set it to 0")

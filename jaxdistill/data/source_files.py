@@ -23,7 +23,7 @@ from jaxdistill.redaction import first_line
 from jaxdistill.urls import is_url, local_path
 
 EXTENSIONS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text")}
-LARGEST_DOCUMENT = 64 << 20  # bytes of a line, or between two blank lines; tokenising takes about a hundred times as much memory
+LARGEST_DOCUMENT = 64 << 20  # bytes of a line of a file, or of a row
 # What a store tells of an object, best first: its content's hash, else a tag that changes with it, else when it was written.
 CONTENT_FIELDS = (
     "sha256 md5Hash content_md5 md5 crc32c ETag etag e_tag blob_id checksum generation version_id "
@@ -223,7 +223,7 @@ def read_lines(path: str, bytes_read: list[int]) -> Iterator[bytes]:
             lines, first = compressed.decompressed(source, path), True
             while line := lines.readline(LARGEST_DOCUMENT + 1):
                 if len(line) > LARGEST_DOCUMENT:
-                    raise InputError(f"{path}: a line of more than {LARGEST_DOCUMENT >> 20} MiB; a document is a line or a few of them")
+                    raise InputError(f"{path}: a line of more than {LARGEST_DOCUMENT >> 20} MiB; divide it")
                 bytes_read[0] = source.tell()
                 yield line.removeprefix(codecs.BOM_UTF8) if first else line
                 first = False

@@ -251,7 +251,7 @@ def test_texts_that_make_no_store(tmp_path, tokenizer):
     for data, message in (
         (DataConfig(sources=[empty], held_out=0), r"data\.sources\.0 \(.*empty\.jsonl\): no text in it: 1 documents, 2 empty ones"),
         (DataConfig(sources=[fine, empty], held_out=0), r"data\.sources\.1 \(.*empty\.jsonl\): no text in it"),
-        (DataConfig(sources=[one], held_out=0.001), r"none of the 1 documents falls into the share 0\.001; raise it or set it to 0"),
+        (DataConfig(sources=[one], held_out=0.001), r"none of the 1 documents falls into the share 0\.001; raise it or set it to 0 \(bl"),
         (DataConfig(sources=[one], held_out=0.999), r"all of the 1 documents fall into the share 0\.999; lower it or set it to 0"),
         (DataConfig(sources=[str(tmp_path / "none.jsonl")]), r"none\.jsonl: no such file"),
     ):
