@@ -144,6 +144,12 @@ class RemoteFiles:
         blocks = list(zip(*merge_offset_ranges(names, starts, ends, max_gap=NEAR_BYTES, max_block=LARGEST_REQUEST), strict=True))
         blocks.sort()
         data = self._fetch(blocks)
+        for (name, start, end), block in zip(blocks, data, strict=True):
+            if len(block) > end - start:
+                raise InputError(
+                    f"{self.place}/{name}: its server ignores byte ranges ({len(block):,} bytes came where {end - start:,} were asked "
+                    "for): copy the token store to a folder"
+                )
         begins, found = [block[:2] for block in blocks], []
         for name, start, end in ranges:
             number = bisect_right(begins, (name, start)) - 1

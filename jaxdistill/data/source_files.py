@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,9 +27,10 @@ EXTENSIONS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".json", ".ndjson"),
 LARGEST_DOCUMENT = 64 << 20  # bytes of a line of a file, or of a row
 # What a store tells of an object, best first: its content's hash, else a tag that changes with it, else when it was written.
 CONTENT_FIELDS = (
-    "sha256 md5Hash content_md5 md5 crc32c ETag etag e_tag blob_id checksum generation version_id "
-    "LastModified last_modified updated mtime modified created"
+    "sha256 md5Hash content_md5 md5 Content-MD5 Digest crc32c ETag etag e_tag blob_id checksum generation version_id "
+    "LastModified last_modified Last-Modified updated mtime modified created"
 ).split()
+ASKED_AT_ONCE = 16  # files of a server, what they are
 HASHES = "hashes.json"
 KEPT_HASH_BYTES = 64 << 20  # smaller files are hashed again: that takes a tenth of a second
 SETTLED_SECONDS = 2.0  # a file that was written to just now may be once more within one tick of its clock
@@ -107,11 +109,12 @@ def _remote_files(source: SourceConfig) -> list[SourceFile]:
         if glob.has_magic(url) and not fs.exists(path):
             entries = [info for info in fs.glob(path, detail=True).values() if info["type"] == "file"]
             found = [(info["name"].rpartition("/")[2], info) for info in sorted(entries, key=lambda info: info["name"])]
-        elif (info := fs.info(path))["type"] == "file":
+        elif (info := fs.info(path))["type"] == "file" and not _is_page(info, source):
             found = [(path.rpartition("/")[2], info)]
         else:
             below = {name[len(path.rstrip("/")) + 1 :]: info for name, info in fs.find(path, detail=True).items()}
             found = [(name, below[name]) for name in _in_folder(source, iter(below))]
+        found = _with_content(fs, found)
     except FileNotFoundError:
         return []
     except InputError:
@@ -121,10 +124,28 @@ def _remote_files(source: SourceConfig) -> list[SourceFile]:
     return [_remote_file(name, fs.unstrip_protocol(info["name"]), info) for name, info in found]
 
 
+def _is_page(info: dict[str, Any], source: SourceConfig) -> bool:
+    """Whether this is a page with links to files: web servers have no folders, only files."""
+    named = source.format != "auto" or file_format(info["name"]) is not None
+    return info.get("mimetype") == "text/html" and (info["name"].endswith("/") or not named)
+
+
+def _with_content(fs: Any, found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """The files as they were listed, each asked for by itself where the listing says nothing but names, as web servers' do."""
+
+    def known(info: dict[str, Any]) -> dict[str, Any]:
+        return info if remote_content(info) and info.get("size") is not None else fs.info(info["name"])
+
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return list(zip((name for name, _ in found), pool.map(known, (info for _, info in found)), strict=True))
+
+
 def _remote_file(name: str, url: str, info: dict[str, Any]) -> SourceFile:
     content = remote_content(info)
     if content is None or info.get("size") is None:
-        raise InputError(f"{url}: its store tells neither hash, tag nor time by which a change would be noticed; copy the file first")
+        raise InputError(
+            f"{url}: its store tells neither a size, nor a hash, tag or time by which a change would be noticed; copy the file first"
+        )
     return SourceFile(name, url, int(info["size"]), json.dumps([info["size"], *content]))
 
 

@@ -3,13 +3,16 @@
 import bz2
 import gzip
 import importlib
+import io
 import json
 import lzma
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.spec import AbstractFileSystem
 from tiny_texts import make_texts
 
 from jaxdistill.config import DataConfig, SourceConfig, load_config
@@ -119,6 +122,57 @@ def test_places_by_url(bucket):
     for path, message in (("none.txt", "no such file or folder"), ("*.md5", "no file matches this glob"), ("z.md", "unknown kind of file")):
         with pytest.raises(InputError, match=rf"^memory:///?bucket/{path.replace('*', '.')}: {message}"):
             read(f"memory://bucket/{path}")
+
+
+class WebServer(AbstractFileSystem):
+    """As https://: listings are the links of a page and hold names alone, and folders are files like all others."""
+
+    protocol = "web"
+    cachable = False
+    files: ClassVar[dict[str, bytes]] = {}
+    header: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path
+
+    def _links(self, path):
+        folder = path.rstrip("/") + "/"
+        names = {name.removeprefix(folder).partition("/") for name in self.files if name.startswith(folder)}
+        return {f"{folder}{first}{slash}" for first, slash, _ in names}
+
+    def ls(self, path, detail=True, **kwargs):
+        found = [{"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"} for name in self._links(path)]
+        return found if detail else [info["name"] for info in found]
+
+    def info(self, path, **kwargs):
+        if path in self.files:
+            return {"name": path, "size": len(self.files[path]), "type": "file", "mimetype": "text/plain", **self.header}
+        if self._links(path):
+            return {"name": path, "size": 99, "type": "file", "mimetype": "text/html", **self.header}
+        raise FileNotFoundError(path)
+
+    def _open(self, path, mode="rb", **kwargs):
+        return io.BytesIO(self.files[path])
+
+
+@pytest.mark.parametrize("field", ["ETag", "Last-Modified", "Content-MD5", "Digest"])
+def test_files_of_a_web_server(monkeypatch, field):
+    fsspec.register_implementation("web", WebServer, clobber=True)
+    names = ("b/2.txt", "b/10.txt", "z.md", "?C=N;O=D")
+    monkeypatch.setattr(WebServer, "files", {f"web://host/texts/{name}": name.encode() for name in names})
+    monkeypatch.setattr(WebServer, "header", {field: "then"})
+    for path in ("web://host/texts", "web://host/texts/", "web://host/texts/b", "web://host/texts/b/*.txt", "web://host/**/*.txt"):
+        assert read(path)[0] == ["b/10.txt", "b/2.txt"], path
+    assert read("web://host/texts/b/2.txt")[0] == ["b/2.txt"]
+    assert read("web://host/texts/b/", format="text")[0] == ["b/10.txt", "b/2.txt"]
+    before = source_fingerprint(SourceConfig(path="web://host/texts/b/*.txt"))
+    assert before["files"][0] == {"name": "10.txt", "size": 8, field: "then"}
+    with pytest.raises(InputError, match="no such file or folder"):
+        read("web://host/others")
+    monkeypatch.setattr(WebServer, "header", {})
+    with pytest.raises(InputError, match="its store tells neither a size, nor a hash, tag or time"):
+        read("web://host/texts/b/*.txt")
 
 
 def test_a_url_of_a_file_here_is_its_path(tmp_path):
