@@ -115,7 +115,11 @@ def _remote_files(source: SourceConfig) -> list[SourceFile]:
             below = {name[len(path.rstrip("/")) + 1 :]: info for name, info in fs.find(path, detail=True).items()}
             found = [(name, below[name]) for name in _in_folder(source, iter(below))]
         found = _with_content(fs, found)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # fsspec says so of whatever a web server answers, or when there is none.
+        cause = error.__cause__ if url.startswith(("http://", "https://")) else None
+        if cause is not None and getattr(cause, "status", None) not in (404, 410):
+            raise InputError(f"{url}: cannot be reached: {first_line(str(cause))}") from error
         return []
     except InputError:
         raise

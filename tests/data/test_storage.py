@@ -6,12 +6,15 @@ import importlib
 import io
 import json
 import lzma
+import re
+from pathlib import Path
 from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from fsspec.spec import AbstractFileSystem
 from tiny_texts import make_texts
 
@@ -233,6 +236,39 @@ def test_no_url_with_credentials_gets_into_a_config(url):
         with pytest.raises(InputError, match=r"^data\.?(sources\.0)?.*: (a URL with a password|a chain|holds a password)") as caught:
             load_config(fields | {"data": data})
         assert "hunter2" not in str(caught.value)
+
+
+def test_the_examples_of_the_page_on_corpora_are_configs():
+    page = (Path(__file__).parents[2] / "docs" / "corpora.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(examples) >= 4
+    for example in examples:
+        data = {"sources": ["a.txt"]} | yaml.safe_load(example)["data"]
+        load_config({"teacher": "t", "students": {"a": {"shape": "6L"}}, "output": "o", "data": data})
+
+
+@pytest.mark.parametrize("source", ["", " ", "file://", {"path": ""}, {"dataset": ""}])
+def test_an_empty_name_is_no_source(source):
+    """As a path it would be the folder that the command runs in, with everything below."""
+    with pytest.raises(ValueError, match="an empty name is no place"):
+        DataConfig(sources=[source])
+    assert DataConfig(sources=["."]).sources[0].path == "."
+
+
+@pytest.mark.parametrize(
+    "cause, message", [(ConnectionError("no answer"), "cannot be reached: no answer"), (None, "no such file or folder")]
+)
+def test_a_web_server_out_of_reach_is_told_from_a_missing_file(monkeypatch, cause, message):
+    class Client:
+        def info(self, path):
+            raise FileNotFoundError(path) from cause
+
+        def invalidate_cache(self):
+            pass
+
+    monkeypatch.setattr(importlib.import_module("jaxdistill.data.source_files"), "filesystem", lambda url: (Client(), url))
+    with pytest.raises(InputError, match=f"^https://host/a.txt: {message}$"):
+        read("https://host/a.txt")
 
 
 def test_errors_of_clients_are_told_without_their_secrets():
