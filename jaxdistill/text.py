@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from jaxdistill import processes
@@ -31,10 +32,13 @@ def prepare_text(run: Run, record: dict | None, *, verify: bool = False) -> RowS
 
 
 def prepare_store(run: Run, expected: str | None, verify: bool) -> RowSource:
+    said: list[str] = []
     with preparing("Preparing text", is_main=processes.is_main()) as report:
-        return prepare(
-            run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report, expected=expected, verify=verify, shared=True
-        )
+        options = {"expected": expected, "verify": verify, "shared": True, "tell": said.append}
+        rows = prepare(run.config.data, tokenizer=run.tokenizer, store=run.store, progress=report, **options)
+    for line in said:  # below the bar, which is gone by then
+        print(line, file=sys.stderr, flush=True)
+    return rows
 
 
 def rows_without_store(run: Run, expected: str | None) -> RowSource:

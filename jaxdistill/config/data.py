@@ -36,6 +36,8 @@ class SourceConfig(Section):
     def _one_place(self) -> SourceConfig:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give either path (local files) or dataset (a dataset of the Hub)")
+        if not (self.path if self.path is not None else str(self.dataset)).strip().removeprefix("file://"):
+            raise ValueError("an empty name is no place; the folder that one stands in is written as .")
         other = {"name", "split", "revision"} if self.path else {"format"}
         if ignored := sorted(name for name in other & self.model_fields_set if getattr(self, name) not in (None, "auto", "train")):
             raise ValueError(f"{ignored[0]} means nothing for a {'path' if self.path else 'dataset'}; leave it out")

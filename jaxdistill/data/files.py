@@ -144,13 +144,19 @@ class RemoteFiles:
         blocks = list(zip(*merge_offset_ranges(names, starts, ends, max_gap=NEAR_BYTES, max_block=LARGEST_REQUEST), strict=True))
         blocks.sort()
         data = self._fetch(blocks)
+        for (name, start, end), block in zip(blocks, data, strict=True):
+            if len(block) > end - start:
+                raise InputError(
+                    f"{self.place}/{name}: its server ignores byte ranges ({len(block):,} bytes came where {end - start:,} were asked "
+                    "for): copy the token store to a folder"
+                )
         begins, found = [block[:2] for block in blocks], []
         for name, start, end in ranges:
             number = bisect_right(begins, (name, start)) - 1
             offset = start - blocks[number][1]
             chunk = data[number][offset : offset + end - start]
             if len(chunk) != end - start:
-                raise InputError(f"{self.place}/{name}: ends before byte {end}; the token store is damaged: copy or prepare it again")
+                raise InputError(f"{self.place}/{name}: ends before byte {end}; {DAMAGED}")
             found.append(chunk)
         return found
 
@@ -165,7 +171,7 @@ class RemoteFiles:
                 return data
             error, name = data[missing[0]], blocks[missing[0]][0]
             if isinstance(error, FileNotFoundError):
-                raise InputError(f"{self.place}/{name}: missing; the token store is damaged: copy or prepare it again") from error
+                raise InputError(f"{self.place}/{name}: missing; {DAMAGED}") from error
             if wait is None:
                 raise InputError(f"{self.place}/{name}: cannot be read after {len(RETRY_SECONDS) + 1} tries: {_said(error)}") from error
             time.sleep(wait)

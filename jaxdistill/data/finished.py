@@ -61,6 +61,13 @@ def store_manifest(data: DataConfig, tokenizer: TextTokenizer, fingerprint: str,
     }
 
 
+def verified(place: Any, parts: int, made: Sequence[str]) -> str:
+    """What `prepare --verify` found, in a line; `made`: names of the parts that it made again."""
+    if not made:
+        return f"{place}: all {parts:,} parts are as they were made"
+    return f"{place}: {len(made):,} of {parts:,} parts were damaged or missing and were made again: {made[0]}{', ...' if made[1:] else ''}"
+
+
 def _summary(source: SourceConfig, made: Sequence[Made]) -> Record:
     parts = [part for _, _, own in made for part in own]
     return {
@@ -75,6 +82,9 @@ def _summary(source: SourceConfig, made: Sequence[Made]) -> Record:
 def _check_split(held_out: float, totals: Record) -> None:
     documents = sum(totals["documents"].values())
     if held_out > 0 and not totals["tokens"]["held_out"]:
-        raise InputError(f"data.held_out: none of the {documents} documents falls into the share {held_out}; raise it or set it to 0")
+        raise InputError(
+            f"data.held_out: none of the {documents:,} documents falls into the share {held_out}; raise it or set it to 0 (blank lines "
+            "divide the documents of text files)"
+        )
     if not totals["tokens"]["train"]:
         raise InputError(f"data.held_out: all of the {documents} documents fall into the share {held_out}; lower it or set it to 0")

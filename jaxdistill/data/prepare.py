@@ -23,7 +23,7 @@ import numpy as np
 from jaxdistill import processes
 from jaxdistill.config import DataConfig, SourceConfig
 from jaxdistill.data import duplicates, layout
-from jaxdistill.data.finished import store_manifest
+from jaxdistill.data.finished import store_manifest, verified
 from jaxdistill.data.layout import SPLITS
 from jaxdistill.data.reader import TokenStore, open_remote
 from jaxdistill.data.rows import pack_documents
@@ -53,6 +53,7 @@ def prepare(
     expected: str | None = None,
     verify: bool = False,
     shared: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> TokenStore:
     """The token store of this text: the one in `store` if it was made from the same input, else a new one there.
 
@@ -66,6 +67,7 @@ def prepare(
       shared: every process of the run calls this, they share the work, and `store` is a place that all of them reach.
       progress: called again and again with documents, tokens (without special ones), bytes_done and bytes_total (of the files as
         they lie on disk; None if a source is on the Hub), of this process's share.
+      tell: called by the main process with what `verify` found, a line.
 
     Raises:
       InputError: a source cannot be read or holds no text, a part of the split would be empty, `store` holds other files, or the
@@ -77,7 +79,7 @@ def prepare(
             opened = open_remote(data, str(store), tokenizer=tokenizer, expected=expected)
         if opened is not None:
             return opened
-    folder = open_folder(store)
+    folder, made = open_folder(store, verify=verify), []
     # Said outright, tokenizers neither stays single-threaded nor warns when the process is forked afterwards.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with contextlib.ExitStack() as held:
@@ -86,13 +88,15 @@ def prepare(
         plan = group.from_main(plan)
         if plan is not None:
             try:
-                _build(_Job(data, tokenizer, folder, progress, group), plan)
+                made = _build(_Job(data, tokenizer, folder, progress, group), plan)
             except InputError:
                 if group.is_main():
                     folder.remove_if_empty()
                 raise
     with group.together():
         opened = TokenStore(store)
+    if verify and tell is not None and group.is_main():
+        tell(verified(opened.folder, len(opened.manifest["parts"]), made))
     return opened
 
 
@@ -186,6 +190,7 @@ class _Job:
     bytes_done: int = 0  # of the shards that are finished
     sources: list[SourceConfig] = field(default_factory=list)
     streams: dict[int, Any] = field(default_factory=dict)  # datasets of the Hub, by the number of the source
+    made: list[str] = field(default_factory=list)  # names of the parts that were written
 
     def report(self, counts: DocumentCounts, *, documents: int, tokens: int) -> None:
         self.documents += documents
@@ -208,8 +213,8 @@ class _Job:
         return ShardReader(source, shard, counts, self.streams.get(shard.source))
 
 
-def _build(job: _Job, plan: dict[str, Any]) -> None:
-    """Makes every shard that is not there yet, each process its share; the main one writes the manifest."""
+def _build(job: _Job, plan: dict[str, Any]) -> list[str]:
+    """Makes every shard that is not there yet, each process its share; the main one writes the manifest. Names of the parts made."""
     own_name = uuid.uuid4().hex
     names = job.group.gathered(own_name)
     index, count = names.index(own_name), len(names)
@@ -238,6 +243,7 @@ def _build(job: _Job, plan: dict[str, Any]) -> None:
     with job.group.together():
         if job.group.is_main():
             _finish(job, shards, plan["fingerprint"])
+    return sorted(itertools.chain(*job.group.gathered(job.made)))
 
 
 def _sum(parts: list[dict[str, Any]], what: str) -> int:
@@ -316,6 +322,7 @@ def _write_part(job: _Job, shard: Shard, part: int, documents: Iterator[str], co
             record["files"][name] = job.folder.write(name, rows.tobytes())
     reader.check()
     job.folder.write(layout.record_file(record), layout.to_json(record))
+    job.made.append(layout.part_name(record))
     return True
 
 

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import glob
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jaxdistill.config import SourceConfig
+from jaxdistill.data import compressed
 from jaxdistill.data.storage import Folder, filesystem
 from jaxdistill.errors import InputError
 from jaxdistill.redaction import first_line
 from jaxdistill.urls import is_url, local_path
 
 EXTENSIONS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".json", ".ndjson"), "text": (".txt", ".text")}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # of jsonl and text; parquet compresses inside
-LARGEST_DOCUMENT = 64 << 20  # bytes of a line, or between two blank lines; tokenising takes about a hundred times as much memory
+LARGEST_DOCUMENT = 64 << 20  # bytes of a line of a file, or of a row
 # What a store tells of an object, best first: its content's hash, else a tag that changes with it, else when it was written.
 CONTENT_FIELDS = (
-    "sha256 md5Hash content_md5 md5 crc32c ETag etag e_tag blob_id checksum generation version_id "
-    "LastModified last_modified updated mtime modified created"
+    "sha256 md5Hash content_md5 md5 Content-MD5 Digest crc32c ETag etag e_tag blob_id checksum generation version_id "
+    "LastModified last_modified Last-Modified updated mtime modified created"
 ).split()
+ASKED_AT_ONCE = 16  # files of a server, what they are
 HASHES = "hashes.json"
 KEPT_HASH_BYTES = 64 << 20  # smaller files are hashed again: that takes a tenth of a second
 SETTLED_SECONDS = 2.0  # a file that was written to just now may be once more within one tick of its clock
@@ -50,7 +49,7 @@ class SourceFile:
 def file_format(path: str | Path) -> str | None:
     """Which of `EXTENSIONS` the name ends in, the ending of a compression aside; parquet is never compressed as a file."""
     name = str(path).lower()
-    plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
+    plain = next((name.removesuffix(ending) for ending in compressed.ENDINGS if name.endswith(ending)), name)
     for known, extensions in EXTENSIONS.items():
         if (name if known == "parquet" else plain).endswith(extensions):
             return known
@@ -110,12 +109,17 @@ def _remote_files(source: SourceConfig) -> list[SourceFile]:
         if glob.has_magic(url) and not fs.exists(path):
             entries = [info for info in fs.glob(path, detail=True).values() if info["type"] == "file"]
             found = [(info["name"].rpartition("/")[2], info) for info in sorted(entries, key=lambda info: info["name"])]
-        elif (info := fs.info(path))["type"] == "file":
+        elif (info := fs.info(path))["type"] == "file" and not _is_page(info, source):
             found = [(path.rpartition("/")[2], info)]
         else:
             below = {name[len(path.rstrip("/")) + 1 :]: info for name, info in fs.find(path, detail=True).items()}
             found = [(name, below[name]) for name in _in_folder(source, iter(below))]
-    except FileNotFoundError:
+        found = _with_content(fs, found)
+    except FileNotFoundError as error:
+        # fsspec says so of whatever a web server answers, or when there is none.
+        cause = error.__cause__ if url.startswith(("http://", "https://")) else None
+        if cause is not None and getattr(cause, "status", None) not in (404, 410):
+            raise InputError(f"{url}: cannot be reached: {first_line(str(cause))}") from error
         return []
     except InputError:
         raise
@@ -124,10 +128,28 @@ def _remote_files(source: SourceConfig) -> list[SourceFile]:
     return [_remote_file(name, fs.unstrip_protocol(info["name"]), info) for name, info in found]
 
 
+def _is_page(info: dict[str, Any], source: SourceConfig) -> bool:
+    """Whether this is a page with links to files: web servers have no folders, only files."""
+    named = source.format != "auto" or file_format(info["name"]) is not None
+    return info.get("mimetype") == "text/html" and (info["name"].endswith("/") or not named)
+
+
+def _with_content(fs: Any, found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """The files as they were listed, each asked for by itself where the listing says nothing but names, as web servers' do."""
+
+    def known(info: dict[str, Any]) -> dict[str, Any]:
+        return info if remote_content(info) and info.get("size") is not None else fs.info(info["name"])
+
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return list(zip((name for name, _ in found), pool.map(known, (info for _, info in found)), strict=True))
+
+
 def _remote_file(name: str, url: str, info: dict[str, Any]) -> SourceFile:
     content = remote_content(info)
     if content is None or info.get("size") is None:
-        raise InputError(f"{url}: its store tells neither hash, tag nor time by which a change would be noticed; copy the file first")
+        raise InputError(
+            f"{url}: its store tells neither a size, nor a hash, tag or time by which a change would be noticed; copy the file first"
+        )
     return SourceFile(name, url, int(info["size"]), json.dumps([info["size"], *content]))
 
 
@@ -214,16 +236,6 @@ def open_bytes(path: str) -> Any:
     return fs.open(inner, "rb")
 
 
-def _decompressed(raw: Any, path: str) -> Any:
-    ending = Path(path).suffix.lower()
-    if ending == ".zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), 1 << 18)
-    openers = {".gz": lambda: gzip.GzipFile(fileobj=raw), ".bz2": lambda: bz2.BZ2File(raw), ".xz": lambda: lzma.LZMAFile(raw)}
-    return openers.get(ending, lambda: raw)()
-
-
 def read_lines(path: str, bytes_read: list[int]) -> Iterator[bytes]:
     """The lines of a file, unpacked; `bytes_read` gets one number, how far the file on disk has been read.
 
@@ -233,14 +245,14 @@ def read_lines(path: str, bytes_read: list[int]) -> Iterator[bytes]:
     try:
         with open_bytes(path) as raw:
             source = io.BufferedReader(raw, 1 << 20) if is_url(path) else raw
-            lines, first = _decompressed(source, path), True
+            lines, first = compressed.decompressed(source, path), True
             while line := lines.readline(LARGEST_DOCUMENT + 1):
                 if len(line) > LARGEST_DOCUMENT:
-                    raise InputError(f"{path}: a line of more than {LARGEST_DOCUMENT >> 20} MiB; a document is a line or a few of them")
+                    raise InputError(f"{path}: a line of more than {LARGEST_DOCUMENT >> 20} MiB; divide it")
                 bytes_read[0] = source.tell()
                 yield line.removeprefix(codecs.BOM_UTF8) if first else line
                 first = False
     except InputError:
         raise
-    except Exception as error:  # OSError, EOFError, zlib.error, LZMAError, and whatever clients of object storage raise
+    except Exception as error:  # OSError, EOFError, zlib.error, lzma.LZMAError, and whatever clients of object storage raise
         raise InputError(f"{path}: cannot be read to its end: {first_line(str(error))}") from error

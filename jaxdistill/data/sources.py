@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxdistill.config import SourceConfig
+from jaxdistill.data.pieces import decode, pieces, text_documents
 from jaxdistill.data.source_files import (
     LARGEST_DOCUMENT,
     Hashes,
@@ -23,7 +24,8 @@ from jaxdistill.errors import InputError
 from jaxdistill.redaction import first_line
 from jaxdistill.urls import is_url
 
-PARQUET_ROWS = 1024  # read at once; a document may be long
+PARQUET_ROWS = 1024  # read at once, fewer where a row is long on average
+PARQUET_ROWS_BYTES = 8 << 20
 PARQUET_BUFFER = 1 << 20  # bytes; without it pyarrow holds a whole column chunk
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -51,8 +53,8 @@ def source_name(source: SourceConfig) -> str:
 def read_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[str]:
     """The documents of a source, one after the other and always in the same order.
 
-    A row of parquet, a line of JSON or a block between blank lines of a text file is a document. Empty ones are left out; bytes that
-    are not UTF-8 become U+FFFD. Both are counted in `counts`.
+    A row of parquet, a line of JSON or a block between blank lines of a text file is a document; a long one is several (`pieces`). Empty
+    ones are left out; bytes that are not UTF-8 become U+FFFD. Both are counted in `counts`.
 
     Raises:
       InputError: a file, column or dataset that is not there or cannot be read; names the file, and the line where there is one.
@@ -61,14 +63,15 @@ def read_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[str
 
 
 def with_text(documents: Iterable[Document], counts: DocumentCounts) -> Iterator[str]:
-    """Those that hold text; counts them, and what was left out or repaired."""
-    for text, valid in documents:
-        if not text or text.isspace():
-            counts.skipped += 1
-            continue
-        counts.documents += 1
-        counts.invalid_utf8 += not valid
-        yield text
+    """Those that hold text, each a piece or several; counts them, and what was left out or repaired."""
+    for document, valid in documents:
+        for text in pieces(document or ""):
+            if not text or text.isspace():
+                counts.skipped += 1
+                continue
+            counts.documents += 1
+            counts.invalid_utf8 += not valid and "\ufffd" in text
+            yield text
 
 
 def source_documents(source: SourceConfig, counts: DocumentCounts) -> Iterator[Document]:
@@ -93,9 +96,10 @@ def read_labelled(source: SourceConfig, label_column: str) -> Iterator[tuple[str
     def column(name: str) -> Iterator[Document]:
         return source_documents(source.model_copy(update={"column": name}), DocumentCounts())
 
-    for (text, _), (label, _) in zip(column(source.column), column(label_column), strict=True):
-        if text and not text.isspace():
-            yield label or "-", text
+    for (document, _), (label, _) in zip(column(source.column), column(label_column), strict=True):
+        for text in pieces(document or ""):
+            if text and not text.isspace():
+                yield label or "-", text
 
 
 def file_documents(source: SourceConfig, path: str, counts: DocumentCounts) -> Iterator[Document]:
@@ -108,17 +112,10 @@ def file_documents(source: SourceConfig, path: str, counts: DocumentCounts) -> I
         return
     before, bytes_read = counts.bytes_read, [0]
     lines = read_lines(path, bytes_read)
-    for document in _jsonl_documents(path, lines, source.column) if kind == "jsonl" else _text_documents(path, lines):
+    for document in _jsonl_documents(path, lines, source.column) if kind == "jsonl" else text_documents(lines):
         counts.bytes_read = before + bytes_read[0]
         yield document
     counts.bytes_read = before + bytes_read[0]
-
-
-def _decode(data: bytes) -> tuple[str, bool]:
-    try:
-        return data.decode("utf-8"), True
-    except UnicodeDecodeError:
-        return data.decode("utf-8", "replace"), False
 
 
 def _parquet_documents(path: str, column: str, counts: DocumentCounts) -> Iterator[Document]:
@@ -131,16 +128,38 @@ def _parquet_documents(path: str, column: str, counts: DocumentCounts) -> Iterat
             size = raw.seek(0, 2)
             with pq.ParquetFile(raw if is_url(path) else path, buffer_size=PARQUET_BUFFER) as file:
                 _check_column(file.schema_arrow, column, path)
-                for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+                for batch in file.iter_batches(_rows_at_once(file.metadata, column), columns=[column]):
                     # As bytes: pyarrow does not check UTF-8 on reading and would raise on the first bad row.
-                    for value in batch.column(0).cast(pa.large_binary()).to_pylist():
-                        yield (None, True) if value is None else _decode(value)
+                    for number, value in enumerate(batch.column(0).cast(pa.large_binary())):
+                        data = value.as_py()
+                        _check_size(data, f"{path}, row {rows_done + number}")
+                        yield (None, True) if data is None else decode(data)
                     rows_done += batch.num_rows
                     counts.bytes_read = before + size * rows_done // file.metadata.num_rows
     except InputError:
         raise
     except Exception as error:  # ArrowException, OSError, and whatever clients of object storage raise
         raise InputError(f"{path}: cannot be read as parquet: {first_line(str(error))}") from error
+
+
+def _rows_at_once(metadata: Any, column: str) -> int:
+    """As many rows as take `PARQUET_ROWS_BYTES` of memory where they are longest on average."""
+    longest = 1.0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = (group.column(i) for i in range(group.num_columns))
+        size = next((chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column), 0)
+        longest = max(longest, size / max(group.num_rows, 1))
+    return max(1, min(PARQUET_ROWS, int(PARQUET_ROWS_BYTES / longest)))
+
+
+def _check_size(value: str | bytes | None, where: str) -> None:
+    """Raises InputError for a value that is longer than a line of a file may be."""
+    # Characters have at most four bytes: few values have to be encoded for it.
+    if value is None or len(value) <= LARGEST_DOCUMENT // 4:
+        return
+    if len(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value) > LARGEST_DOCUMENT:
+        raise InputError(f"{where}: a document of more than {LARGEST_DOCUMENT >> 20} MiB; divide it")
 
 
 def _check_column(schema: Any, column: str, path: str) -> None:
@@ -157,7 +176,7 @@ def _jsonl_documents(path: str, lines: Iterable[bytes], column: str) -> Iterator
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        decoded, valid = _decode(line)
+        decoded, valid = decode(line)
         try:
             record = json.loads(decoded)
         except (ValueError, RecursionError) as error:
@@ -179,22 +198,6 @@ def _field(record: dict[str, Any], column: str, where: str) -> str | None:
     if record[column] is not None and not isinstance(record[column], str):
         raise InputError(f"{where}: {column!r} holds {type(record[column]).__name__}, not text")
     return record[column]
-
-
-def _text_documents(path: str, lines: Iterable[bytes]) -> Iterator[Document]:
-    block: list[bytes] = []
-    size = 0
-    for line in lines:
-        if line.strip():
-            block.append(line.rstrip(b"\r\n"))
-            size += len(line)
-            if size > LARGEST_DOCUMENT:
-                raise InputError(f"{path}: a document of more than {LARGEST_DOCUMENT >> 20} MiB; documents are separated by blank lines")
-        elif block:
-            yield _decode(b"\n".join(block))
-            block, size = [], 0
-    if block:
-        yield _decode(b"\n".join(block))
 
 
 def hub_stream(source: SourceConfig) -> Any:
@@ -221,7 +224,10 @@ def hub_documents(source: SourceConfig, stream: Any, where: str) -> Iterator[Doc
         except Exception as error:
             reason = first_line(str(error))
             raise InputError(f"{where}: the dataset of the Hub broke off at row {number}: {reason}; start again to go on") from error
-        yield _field(example, source.column, f"{where}, {source.split}, row {number}"), True
+        row = f"{where}, {source.split}, row {number}"
+        text = _field(example, source.column, row)
+        _check_size(text, row)
+        yield text, True
         number += 1
 
 

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 
+import fsspec
 import numpy as np
 import pytest
 from tiny_texts import make_texts
@@ -74,9 +75,37 @@ def test_verify_makes_the_damaged_parts_again(store, data, tokenizer, monkeypatc
     encoded = []
     original = type(tokenizer).encode
     monkeypatch.setattr(type(tokenizer), "encode", lambda self, texts: encoded.extend(texts) or original(self, texts))
-    repaired = prepare(data, tokenizer=tokenizer, store=store.folder, verify=True)
+    said = []
+    repaired = prepare(data, tokenizer=tokenizer, store=store.folder, verify=True, tell=said.append)
     assert contents(store.folder) == expected and repaired.fingerprint == store.fingerprint
     assert 0 < len(encoded) < 60  # two of more than six parts
+    parts = len(store.manifest["parts"])
+    assert said == [f"{store.folder}: 2 of {parts} parts were damaged or missing and were made again: 000-000000-000001, ..."]
+    prepare(data, tokenizer=tokenizer, store=store.folder, verify=True, tell=said.append)
+    assert said[1:] == [f"{store.folder}: all {parts} parts are as they were made"]
+
+
+def test_verify_reads_the_objects_of_a_store_at_a_url(store, data, tokenizer):
+    bucket = fsspec.filesystem("memory")
+    bucket.store.clear()
+    expected = {f"/store/{name}": content for name, content in contents(store.folder).items() if name != "lock"}
+    flipped, short, gone = (f"/store/000-000000-00000{part}.train.tokens" for part in (1, 3, 5))
+    try:
+        for name, content in expected.items():
+            if name != gone:
+                bucket.pipe_file(name, {flipped: bytes([content[0] ^ 1]) + content[1:], short: content[:-64]}.get(name, content))
+        with pytest.raises(InputError, match=r"000-000000-00000[35]\.train\.tokens: .*--verify"):
+            remote = prepare(data, tokenizer=tokenizer, store="memory://store")  # used as it lies
+            remote.read_rows("train", np.arange(remote.num_rows("train")))
+        said = []
+        remote = prepare(data, tokenizer=tokenizer, store="memory://store", verify=True, tell=said.append)
+        assert {name: bucket.cat_file(name) for name in bucket.find("/store")} == expected
+        assert said == [
+            f"memory://store: 3 of {len(store.manifest['parts'])} parts were damaged or missing and were made again: 000-000000-000001, ..."
+        ]
+        remote.read_rows("train", np.arange(remote.num_rows("train")))
+    finally:
+        bucket.store.clear()
 
 
 def test_verify_of_a_damaged_manifest(store, data, tokenizer):

@@ -251,7 +251,7 @@ def test_texts_that_make_no_store(tmp_path, tokenizer):
     for data, message in (
         (DataConfig(sources=[empty], held_out=0), r"data\.sources\.0 \(.*empty\.jsonl\): no text in it: 1 documents, 2 empty ones"),
         (DataConfig(sources=[fine, empty], held_out=0), r"data\.sources\.1 \(.*empty\.jsonl\): no text in it"),
-        (DataConfig(sources=[one], held_out=0.001), r"none of the 1 documents falls into the share 0\.001; raise it or set it to 0"),
+        (DataConfig(sources=[one], held_out=0.001), r"none of the 1 documents falls into the share 0\.001; raise it or set it to 0 \(bl"),
         (DataConfig(sources=[one], held_out=0.999), r"all of the 1 documents fall into the share 0\.999; lower it or set it to 0"),
         (DataConfig(sources=[str(tmp_path / "none.jsonl")]), r"none\.jsonl: no such file"),
     ):
@@ -336,7 +336,7 @@ def test_shards_of_the_hub(tmp_path, tokenizer, hub, encoded_texts):
     shards = [make_texts(20, seed=seed) for seed in range(4)]
     data = DataConfig(sources=[{"dataset": "d", "revision": "main"}], held_out=0)
     stream, calls = hub(HubStream(shards, broken=(2,))), []
-    with pytest.raises(InputError, match=r"d, shard 2: the dataset of the Hub broke off at row 20: no route to https://host/file\?\.\.\.;"):
+    with pytest.raises(InputError, match=r"d, shard 2: .* broke off at row 20: no route to https://host/file\?X-Amz-Signature=\*\*\*;"):
         prepare(data, tokenizer=tokenizer, store=tmp_path / "store", progress=lambda **done: calls.append(done["bytes_total"]))
     assert {source.revision for source in hub.asked} == {"ab" * 20} and set(calls) == {None}  # the commit, whatever becomes of main
     stream = hub(HubStream(shards))

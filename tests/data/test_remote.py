@@ -114,6 +114,18 @@ def test_a_request_that_fails_is_made_again(local, url):
         store.read_rows("train", np.arange(9))
 
 
+def test_a_server_that_sends_whole_files_is_told_from_a_damaged_store(local, url, monkeypatch):
+    """As `python -m http.server`."""
+
+    async def whole_async(self, path, start=None, end=None, **kwargs):
+        return OBJECTS[path]
+
+    monkeypatch.setattr(AsyncStore, "_cat_file", whole_async)
+    monkeypatch.setattr(PlainStore, "cat_file", lambda self, path, start=None, end=None, **kwargs: OBJECTS[path])
+    with pytest.raises(InputError, match=r"\.train\.crc: its server ignores byte ranges \([\d,]+ bytes came where 4 were asked for\)"):
+        TokenStore(url).read_rows("train", np.array([0]))
+
+
 def test_what_is_wrong_with_a_store_is_one_line(local, url, tokenizer):
     FAIL.append(PermissionError("no credentials"))
     with pytest.raises(InputError, match=r"bucket/store/manifest\.json: cannot be read: PermissionError: no credentials"):

@@ -8,6 +8,7 @@ import pytest
 
 from jaxdistill.config import SourceConfig
 from jaxdistill.data import DocumentCounts, read_documents, source_fingerprint
+from jaxdistill.data.sources import _rows_at_once
 from jaxdistill.errors import InputError
 
 
@@ -92,10 +93,22 @@ def test_text_documents_lie_between_blank_lines(tmp_path, name):
     assert (counts.documents, counts.skipped, counts.invalid_utf8) == (3, 1, 1)
 
 
-def test_text_without_blank_lines_is_refused_before_memory_ends(tmp_path, monkeypatch):
+def test_a_value_that_is_too_long_is_refused(tmp_path, monkeypatch, hub):
     monkeypatch.setattr("jaxdistill.data.sources.LARGEST_DOCUMENT", 1 << 20)
-    (tmp_path / "a.txt").write_bytes(b"a line of text\n" * 80_000)
-    fails(tmp_path / "a.txt", r"a\.txt: a document of more than 1 MiB; documents are separated by blank lines")
+    long = "\u00fc" * (1 << 19)  # two bytes each: just not too long
+    write_parquet(tmp_path / "a.parquet", ["x"] * 2000 + [long, long + "x"])
+    fails(tmp_path / "a.parquet", r"a\.parquet, row 2001: a document of more than 1 MiB")
+    hub({"text": ["x", long + "x"]})
+    with pytest.raises(InputError, match="someone/texts/en, train, row 1: a document of more than 1 MiB"):
+        list(read_documents(HUB, DocumentCounts()))
+
+
+def test_few_rows_of_parquet_are_read_at_once_where_they_are_long(tmp_path):
+    texts = ["x"] * 3000 + [f"{i} " * 20_000 for i in range(100, 400)]
+    path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=3000, use_dictionary=False)
+    assert _rows_at_once(pq.ParquetFile(path).metadata, "text") == (8 << 20) // 80_004
+    assert read(path)[0] == texts
+    assert _rows_at_once(pq.ParquetFile(write_parquet(tmp_path / "b.parquet", texts[:5])).metadata, "text") == 1024
 
 
 def test_truncated_gzip(tmp_path):

@@ -3,13 +3,19 @@
 import bz2
 import gzip
 import importlib
+import io
 import json
 import lzma
+import re
+from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from fsspec.spec import AbstractFileSystem
 from tiny_texts import make_texts
 
 from jaxdistill.config import DataConfig, SourceConfig, load_config
@@ -69,6 +75,38 @@ def test_two_frames_are_one_file(tmp_path):
     assert read(tmp_path)[0] == TEXTS * len(PACKED)
 
 
+@pytest.mark.parametrize("ending", [ending for ending in PACKED if ending])
+def test_whatever_follows_the_first_stream_is_read_or_refused(tmp_path, ending):
+    """A bit of the second stream's header, bytes that are none, an end within it: never fewer documents without a word."""
+    first, second = PACKED[ending](LINES[:1000]), PACKED[ending](LINES[1000:])
+    path = tmp_path / f"a.jsonl{ending}"
+    flipped = bytes([second[0] ^ 1]) + second[1:]
+    for rest in (flipped, b"notes", second + b"notes", b"\0" * 8 + b"notes", second[:5], second[:-1]):
+        path.write_bytes(first + rest)
+        with pytest.raises(InputError, match=rf"a\.jsonl{ending}: cannot be read to its end: "):
+            read(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=rf"a\.jsonl{ending}: is empty, which no compressed file is"):
+        read(path)
+    path.write_bytes(PACKED[ending](b""))
+    assert read(path)[0] == []
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])
+def test_zeros_between_and_after_streams_are_padding(tmp_path, ending):
+    zeros = b"\0" * (1 << 19)  # more than is read at once
+    streams = [PACKED[ending](part) for part in (b"", LINES[:1000], b"", LINES[1000:])]
+    (tmp_path / f"a.jsonl{ending}").write_bytes(zeros.join(streams) + b"\0" * 4)
+    assert read(tmp_path)[0] == TEXTS
+
+
+def test_a_stream_that_unpacks_to_much_is_read_in_pieces(tmp_path):
+    for ending in (".bz2", ".xz"):
+        data = b"x" * 99 + b"\n\n"
+        (tmp_path / f"a.txt{ending}").write_bytes(PACKED[ending](data * 20_000))
+    assert read(tmp_path)[1].documents == 40_000
+
+
 def test_a_line_without_end_is_refused_before_memory_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxdistill.data.source_files.LARGEST_DOCUMENT", 1 << 20)
     for name in ("a.jsonl", "b.txt"):
@@ -87,6 +125,57 @@ def test_places_by_url(bucket):
     for path, message in (("none.txt", "no such file or folder"), ("*.md5", "no file matches this glob"), ("z.md", "unknown kind of file")):
         with pytest.raises(InputError, match=rf"^memory:///?bucket/{path.replace('*', '.')}: {message}"):
             read(f"memory://bucket/{path}")
+
+
+class WebServer(AbstractFileSystem):
+    """As https://: listings are the links of a page and hold names alone, and folders are files like all others."""
+
+    protocol = "web"
+    cachable = False
+    files: ClassVar[dict[str, bytes]] = {}
+    header: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path
+
+    def _links(self, path):
+        folder = path.rstrip("/") + "/"
+        names = {name.removeprefix(folder).partition("/") for name in self.files if name.startswith(folder)}
+        return {f"{folder}{first}{slash}" for first, slash, _ in names}
+
+    def ls(self, path, detail=True, **kwargs):
+        found = [{"name": name, "size": None, "type": "directory" if name.endswith("/") else "file"} for name in self._links(path)]
+        return found if detail else [info["name"] for info in found]
+
+    def info(self, path, **kwargs):
+        if path in self.files:
+            return {"name": path, "size": len(self.files[path]), "type": "file", "mimetype": "text/plain", **self.header}
+        if self._links(path):
+            return {"name": path, "size": 99, "type": "file", "mimetype": "text/html", **self.header}
+        raise FileNotFoundError(path)
+
+    def _open(self, path, mode="rb", **kwargs):
+        return io.BytesIO(self.files[path])
+
+
+@pytest.mark.parametrize("field", ["ETag", "Last-Modified", "Content-MD5", "Digest"])
+def test_files_of_a_web_server(monkeypatch, field):
+    fsspec.register_implementation("web", WebServer, clobber=True)
+    names = ("b/2.txt", "b/10.txt", "z.md", "?C=N;O=D")
+    monkeypatch.setattr(WebServer, "files", {f"web://host/texts/{name}": name.encode() for name in names})
+    monkeypatch.setattr(WebServer, "header", {field: "then"})
+    for path in ("web://host/texts", "web://host/texts/", "web://host/texts/b", "web://host/texts/b/*.txt", "web://host/**/*.txt"):
+        assert read(path)[0] == ["b/10.txt", "b/2.txt"], path
+    assert read("web://host/texts/b/2.txt")[0] == ["b/2.txt"]
+    assert read("web://host/texts/b/", format="text")[0] == ["b/10.txt", "b/2.txt"]
+    before = source_fingerprint(SourceConfig(path="web://host/texts/b/*.txt"))
+    assert before["files"][0] == {"name": "10.txt", "size": 8, field: "then"}
+    with pytest.raises(InputError, match="no such file or folder"):
+        read("web://host/others")
+    monkeypatch.setattr(WebServer, "header", {})
+    with pytest.raises(InputError, match="its store tells neither a size, nor a hash, tag or time"):
+        read("web://host/texts/b/*.txt")
 
 
 def test_a_url_of_a_file_here_is_its_path(tmp_path):
@@ -147,6 +236,39 @@ def test_no_url_with_credentials_gets_into_a_config(url):
         with pytest.raises(InputError, match=r"^data\.?(sources\.0)?.*: (a URL with a password|a chain|holds a password)") as caught:
             load_config(fields | {"data": data})
         assert "hunter2" not in str(caught.value)
+
+
+def test_the_examples_of_the_page_on_corpora_are_configs():
+    page = (Path(__file__).parents[2] / "docs" / "corpora.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(examples) >= 4
+    for example in examples:
+        data = {"sources": ["a.txt"]} | yaml.safe_load(example)["data"]
+        load_config({"teacher": "t", "students": {"a": {"shape": "6L"}}, "output": "o", "data": data})
+
+
+@pytest.mark.parametrize("source", ["", " ", "file://", {"path": ""}, {"dataset": ""}])
+def test_an_empty_name_is_no_source(source):
+    """As a path it would be the folder that the command runs in, with everything below."""
+    with pytest.raises(ValueError, match="an empty name is no place"):
+        DataConfig(sources=[source])
+    assert DataConfig(sources=["."]).sources[0].path == "."
+
+
+@pytest.mark.parametrize(
+    "cause, message", [(ConnectionError("no answer"), "cannot be reached: no answer"), (None, "no such file or folder")]
+)
+def test_a_web_server_out_of_reach_is_told_from_a_missing_file(monkeypatch, cause, message):
+    class Client:
+        def info(self, path):
+            raise FileNotFoundError(path) from cause
+
+        def invalidate_cache(self):
+            pass
+
+    monkeypatch.setattr(importlib.import_module("jaxdistill.data.source_files"), "filesystem", lambda url: (Client(), url))
+    with pytest.raises(InputError, match=f"^https://host/a.txt: {message}$"):
+        read("https://host/a.txt")
 
 
 def test_errors_of_clients_are_told_without_their_secrets():

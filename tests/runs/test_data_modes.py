@@ -121,6 +121,7 @@ def test_a_flipped_bit_in_the_store(plain, tmp_path, cli):
     assert (folder / "checkpoints" / "2").is_dir()
     code, _, err = cli("prepare", path, "--verify")
     assert code == 0 and tokens.read_bytes() == whole, err
+    assert f"{store}: 1 of 1 parts were damaged or missing and were made again: 000-000000-000000" in err
     code, _, err = cli("distill", path)
     assert code == 0 and "going on from step 2" in err
     assert_equal(folder, run)
