@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxdistill.errors import InputError
@@ -126,10 +127,20 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
             raise error from error.__cause__  # which says what the Hub answered
 
 
-def weights_sha256(folder: Path) -> str:
-    """Hash of the weights in a model folder: the same wherever the folder lies."""
-    digest = hashlib.sha256()
+def weight_files(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of each file of weights in a model folder, as `sha256sum` and the Hub show it."""
+    found = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def sha256_of_weights(files: Mapping[str, str]) -> str:
+    """The identity of a model's weights, in checkpoints and results: sha256 of the digests in `weight_files`, not of a file."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, files.values()))).hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the weights in a model folder: the same wherever the folder lies."""
+    return sha256_of_weights(weight_files(folder))

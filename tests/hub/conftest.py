@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from fake_hub import FakeHub
 from hub_runs import TEACHER_CARD, TOKEN, Ground, files_of, run_config
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tiny_models import tiny_config, write_model
 from tiny_texts import BERT_SPECIAL, make_texts, wordpiece, write_folder
 
@@ -36,9 +36,9 @@ def ways(served, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         point_client_at(patch, served, cache)
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
         yield cache
-        huggingface_hub.utils.enable_progress_bars()
+        enable_progress_bars()
 
 
 @pytest.fixture

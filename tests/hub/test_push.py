@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -82,10 +83,13 @@ def test_the_card(cli, hub, distilled, ground, tmp_path):
     assert "| RTE validation | accuracy | 65.0 ± 7.1 | 2 |" in card and "Protocol udagawa2023" in card
     held_out = [json.loads(line)["small/held_out"] for line in (distilled / "metrics.jsonl").read_text().splitlines() if "held_out" in line]
     tokens = json.loads((distilled / "metrics.jsonl").read_text().splitlines()[-1])["tokens"]
+    totals = json.loads((distilled / "tokens" / "manifest.json").read_text())["totals"]
+    text_tokens = sum(totals["tokens"].values())
     for part in (
-        f"[acme/teacher](https://huggingface.co/acme/teacher) at revision `{ground.commit}`, 3 x 48",
-        f"| sha256 of the last teacher's weights | `{weights_sha256(ground.teacher)}` |",
-        "| text | `letters.txt` |",
+        f"`acme/teacher` at revision `{ground.commit}`, 3 x 48",
+        f"| sha256 of the last teacher's model.safetensors | `{sha256((ground.teacher / 'model.safetensors').read_bytes()).hexdigest()}` |",
+        f"| text | `letters.txt`, 80 documents of {text_tokens:,} tokens |",
+        "| text, in all | 10 % of the documents held out, not trained on |",
         "| start | teacher layer 1 |",
         f"2 steps of 8 x 16 tokens, masked text; {tokens:,} tokens seen",
         "1 x output_kl", "1 x hidden_mse: layers 1<-3",
@@ -170,6 +174,8 @@ def test_a_branch(cli, hub, distilled):
     assert repository.at("main")[1].keys() == {".gitattributes"}
     card = repository.at("half")[1]["README.md"].decode()
     assert "these weights are float16" in card and "1 steps of 8 x 16 tokens (of 2 planned)" in card
+    for kind, more in (("AutoModel", ""), ("AutoTokenizer", ""), ("AutoModelForMaskedLM", ', subfolder="mlm"')):
+        assert f'{kind}.from_pretrained("owner/branched", revision="half"{more})' in card
     assert load_pretrained("owner/branched@half")[0].num_layers == 1
     refused(cli("export", distilled, "--push", "owner/branched", "--revision", "../x"), "is no name of a branch")
 
