@@ -44,7 +44,8 @@ def export_command(
       InputError: as `export_checkpoint` and `push_folder`; a licence that is not known and not given; one name for two students.
     """
     if licence is not None and not _LICENCE.fullmatch(licence):
-        raise InputError(f"--license: {licence!r} is no identifier of the Hub, as apache-2.0, mit, cc-by-sa-4.0, other")
+        meant = f"; {licence.lower()}?" if _LICENCE.fullmatch(licence.lower()) else ""
+        raise InputError(f"--license: {licence!r} is no identifier of the Hub, as apache-2.0, mit, cc-by-sa-4.0, other{meant}")
     runs = resolve_stages(load_config(folder, ["mesh={}"]), num_devices=1)
     names = students_of(runs[-1], student, folder)
     repositories = push.names(names) if push else {}

@@ -74,13 +74,23 @@ def network_errors() -> tuple[type[Exception], ...]:
     return http, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError
 
 
-def refusal(error: Exception) -> str:
-    """Why the Hub did not do what it was asked for, in a few words; no token, no address with one."""
+def status_of(error: Exception) -> int | None:
+    """What the Hub answered with; None where it did not answer."""
+    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in _chain(error)]
+    return next((status for status in statuses if status), None)
+
+
+def _chain(error: Exception) -> list[BaseException]:
+    """The error and what it came from."""
     chain, seen = [error], error
     while (seen := seen.__cause__ or seen.__context__) and len(chain) < 10:
         chain.append(seen)
-    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
-    status = next((status for status in statuses if status), None)
+    return chain
+
+
+def refusal(error: Exception) -> str:
+    """Why the Hub did not do what it was asked for, in a few words; no token, no address with one."""
+    status = status_of(error)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return "the Hub could not be reached (HF_HUB_OFFLINE is set)"
     if status == 401:
@@ -88,9 +98,32 @@ def refusal(error: Exception) -> str:
     if status == 403:
         return "the Hub forbids it (403): the token lacks the permission; give one that has it (`hf auth login`)"
     where = f" at {os.environ['HF_ENDPOINT']} (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else ""
+    if status == 404 and where:
+        return f"the Hub{where} answered 404 as no Hub does; correct HF_ENDPOINT"
     if status:
-        return f"the Hub{where} answered {status}; try again later"
-    return f"the Hub{where} could not be reached: {type(chain[-1]).__name__}"
+        return f"the Hub{where} answered {status}" + ("; try again later" if may_pass(status) else "")
+    return f"the Hub{where} could not be reached: {type(_chain(error)[-1]).__name__}"
+
+
+def may_pass(status: int | None) -> bool:
+    """Whether the same request may succeed another time."""
+    return status is None or status >= 500 or status in (408, 429)
+
+
+def no_such_dataset(error: Exception, revision: str | None) -> str | None:
+    """Why the Hub has no such dataset for us, in a few words; None: something else was wrong."""
+    from huggingface_hub import errors
+
+    for each in _chain(error):
+        if isinstance(each, errors.HFValidationError):
+            return "the Hub has no datasets of such names; a file or folder is given as path"
+        if isinstance(each, errors.GatedRepoError):
+            return "a gated dataset of the Hub; accept its terms there and log in with `hf auth login`"
+        if isinstance(each, errors.RevisionNotFoundError):
+            return f"the Hub has the dataset but no revision {revision!r} of it"
+        if isinstance(each, errors.RepositoryNotFoundError):
+            return "no dataset that the Hub shows you (a private one needs `hf auth login`)"
+    return None
 
 
 def _fetch(name: str, hub_id: str, revision: str | None) -> Path:
