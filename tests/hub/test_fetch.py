@@ -95,7 +95,7 @@ def test_a_dataset_that_cannot_be_opened(hub, monkeypatch):
     import datasets
     from huggingface_hub import HfApi
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: HfApi(endpoint=hub.endpoint).dataset_info(name))
+    monkeypatch.setattr(datasets, "load_dataset", lambda place, **_: HfApi(endpoint=hub.endpoint).dataset_info(place))
     hub.break_next("GET", "/api/datasets/", 503)
     with pytest.raises(InputError) as caught:
         hub_stream(SourceConfig(dataset="acme/texts", name="en"))
