@@ -135,7 +135,7 @@ def _rows(
     name, config = own.name, run.config
     rows = [("teacher", f"{teacher_named(stages[0], facts)}, {stages[0].teacher.num_layers} x {stages[0].teacher.hidden_size}")]
     if published.teacher_sha256:
-        rows.append(weights_row(run, published.teacher_files, published.teacher_sha256))
+        rows.append(weights_row(run, published.teacher_files, published.teacher_sha256, last=len(stages) > 1))
     rows += text_rows(run, published.text)
     first = stages[0].config.students[name]
     rows.append(("start", cell(_started(describe_initialisation(first, stages[0].copied[name])))))

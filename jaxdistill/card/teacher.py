@@ -68,16 +68,18 @@ def teacher_named(run: Run, facts: Mapping[str, Any]) -> str:
     return linked(name, link) + (f" at revision `{revision}`" if revision else "")
 
 
-def weights_row(run: Run, files: Mapping[str, str], sha256: str) -> tuple[str, str]:
+def weights_row(run: Run, files: Mapping[str, str], sha256: str, *, last: bool = False) -> tuple[str, str]:
     """What the weights that the run learnt from can be told by.
 
     Args:
       files: name -> sha256 of each file of the teacher as it lies here now.
       sha256: of the weights as the run knows them, `sha256_of_weights`.
+      last: there were other teachers before.
     """
+    whose = "the last teacher's" if last else "the teacher's"
     if sha256 != sha256_of_weights(files):
-        return "sha256 of the sha256 of each file of the last teacher's weights", f"`{sha256}`; the files here have changed since"
+        return f"sha256 of the sha256 of each file of {whose} weights", f"`{sha256}`; the files here have changed since"
     place = "mlm/" if run.teacher_folder.name == "mlm" else ""
     if len(files) == 1:
-        return f"sha256 of the last teacher's {place}{next(iter(files))}", f"`{next(iter(files.values()))}`"
-    return "sha256 of the last teacher's weights", ", ".join(f"`{place}{name}` `{digest}`" for name, digest in files.items())
+        return f"sha256 of {whose} {place}{next(iter(files))}", f"`{next(iter(files.values()))}`"
+    return f"sha256 of {whose} weights", ", ".join(f"`{place}{name}` `{digest}`" for name, digest in files.items())

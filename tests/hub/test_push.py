@@ -87,7 +87,7 @@ def test_the_card(cli, hub, distilled, ground, tmp_path):
     text_tokens = sum(totals["tokens"].values())
     for part in (
         f"`acme/teacher` at revision `{ground.commit}`, 3 x 48",
-        f"| sha256 of the last teacher's model.safetensors | `{sha256((ground.teacher / 'model.safetensors').read_bytes()).hexdigest()}` |",
+        f"| sha256 of the teacher's model.safetensors | `{sha256((ground.teacher / 'model.safetensors').read_bytes()).hexdigest()}` |",
         f"| text | `letters.txt`, 80 documents of {text_tokens:,} tokens |",
         "| text, in all | 10 % of the documents held out, not trained on |",
         "| start | teacher layer 1 |",
