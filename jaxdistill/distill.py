@@ -150,7 +150,7 @@ def distill_stage(run: Run, *, goes_on: bool) -> Distilled:
     exports = {student.name: run.output / "export" / student.name for student in run.students}
     with processes.together():
         if processes.is_main():
-            export_run(run, params, teacher_params, keep=complete)
+            export_run(run, store, params, teacher_params, keep=complete)
             with writing("output", run.output):
                 report_run(run, read_history(run.output), exports, frozen)
     return Distilled({s.name: (s.config, params[s.name]) for s in run.students}, read_history(run.output), exports, run.output, frozen)

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 
@@ -15,15 +15,16 @@ from jaxdistill import processes
 from jaxdistill.card import Published, model_card
 from jaxdistill.checkpoint import Checkpoints, package_versions
 from jaxdistill.config import ExportConfig, MeshConfig
-from jaxdistill.data import save_tokenizer
+from jaxdistill.data import RowSource, TokenStore, save_tokenizer
 from jaxdistill.errors import InputError, nearest
 from jaxdistill.faults.checksums import DamagedError
 from jaxdistill.faults.disk import writing
-from jaxdistill.models import EncoderConfig, load_pretrained, save_pretrained, weights_sha256
+from jaxdistill.models import EncoderConfig, load_pretrained, save_pretrained, sha256_of_weights, weight_files
 from jaxdistill.resolve import Run, resolve_stages
 from jaxdistill.sharding import create_mesh, on_host
 from jaxdistill.state import abstract_state
 from jaxdistill.students import export_pooler, student_key
+from jaxdistill.update import TrainState
 
 
 def export_student(
@@ -53,13 +54,15 @@ def export_student(
     return folder
 
 
-def export_run(run: Run, params: dict[str, dict], teacher_params: dict, *, keep: bool = False) -> dict[str, Path]:
-    """RUN/export/<student> for every student; `keep` leaves a folder that is there as it is."""
+def export_run(run: Run, rows: RowSource, params: dict[str, dict], teacher_params: dict, *, keep: bool = False) -> dict[str, Path]:
+    """RUN/export/<student> for every student; `keep` leaves a folder that is there as it is. `rows`: what the run has read."""
     folders = {student.name: run.output / "export" / student.name for student in run.students}
     wanted = {name: folder for name, folder in folders.items() if not (keep and folder.is_dir())}
     if wanted:
         stages = resolve_stages(run.saved.model_copy(update={"mesh": MeshConfig()}), num_devices=1)[:-1] if run.saved.stages else ()
-        published = Published(versions=package_versions(), teacher_sha256=weights_sha256(run.teacher_folder))
+        files, text = weight_files(run.teacher_folder), rows.manifest if isinstance(rows, TokenStore) else None
+        known = {"teacher_sha256": sha256_of_weights(files), "teacher_files": files, "text": text}
+        published = Published(versions=package_versions(), **known)
         more = {"dtype": run.config.export.dtype, "stages": stages, "published": lambda _: published}
         for name, folder in wanted.items():
             export_run_student(run, name, params[name], teacher_params, folder, **more)
@@ -97,12 +100,46 @@ def export_run_student(
     return export_student(folder, config, params, tokenizer=run.tokenizer_source, dtype=dtype, card=card)
 
 
+def text_of(run: Run, fingerprint: str) -> dict[str, Any] | None:
+    """The manifest of the token store that a run has read, if that is still the one with this fingerprint; says so where it is not."""
+    if run.task or run.config.data.streaming:
+        return None
+    try:
+        store = TokenStore(run.store)
+    except InputError as error:
+        print(f"the card says nothing of the text's size: {error}", file=sys.stderr)
+        return None
+    if store.fingerprint != fingerprint:
+        print(f"the card says nothing of the text's size: {store.folder} holds another text by now", file=sys.stderr)
+        return None
+    return store.manifest
+
+
 def students_of(run: Run, student: str | None, folder: Path) -> list[str]:
     """The students to export. Raises InputError for one that the run does not have."""
     names = [s.name for s in run.students]
     if student is not None and student not in names:
         raise InputError(f"--student: {folder} has no student {student!r}{nearest(student, names)}")
     return [student] if student else names
+
+
+def _restored(folder: Path, like: TrainState, step: int | None) -> tuple[int, TrainState, dict[str, Any]]:
+    """The step, the state and the record of a checkpoint; without a step of the newest whole one."""
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        steps = checkpoints.steps()
+        if not steps or (step is not None and step not in steps):
+            raise InputError(f"--step: {folder} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}, not {step or 'any'}")
+        if step is None:
+            taken, state = checkpoints.newest_whole(lambda number: checkpoints.restore(number, like))
+            if taken != steps[-1]:
+                print(f"checkpoint {steps[-1]} is damaged; exporting step {taken}", file=sys.stderr)
+        else:
+            taken = step
+            try:
+                state = checkpoints.restore(step, like)
+            except DamagedError as error:
+                raise InputError(f"--step: checkpoint {step} is damaged ({error}); there are {', '.join(map(str, steps))}") from None
+        return taken, state, checkpoints.record(taken)
 
 
 def export_checkpoint(
@@ -136,26 +173,13 @@ def export_checkpoint(
         raise InputError(f"{folder}: no checkpoint yet; `jaxdistill distill {folder}` goes on with the run")
     run = runs[-1]
     _, teacher_params = load_pretrained(run.teacher_folder)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        steps = checkpoints.steps()
-        if not steps or (step is not None and step not in steps):
-            raise InputError(f"--step: {folder} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}, not {step or 'any'}")
-        # Several processes read a checkpoint onto the devices of all, or not at all.
-        mesh = create_mesh(MeshConfig(), jax.devices()[: None if processes.count() > 1 else 1])
-        like = abstract_state(run, teacher_params, mesh)
-        if step is None:
-            taken, state = checkpoints.newest_whole(lambda number: checkpoints.restore(number, like))
-            if taken != steps[-1]:
-                print(f"checkpoint {steps[-1]} is damaged; exporting step {taken}", file=sys.stderr)
-        else:
-            taken = step
-            try:
-                state = checkpoints.restore(step, like)
-            except DamagedError as error:
-                raise InputError(f"--step: checkpoint {step} is damaged ({error}); there are {', '.join(map(str, steps))}") from None
-        record = checkpoints.record(taken)
+    # Several processes read a checkpoint onto the devices of all, or not at all.
+    mesh = create_mesh(MeshConfig(), jax.devices()[: None if processes.count() > 1 else 1])
+    taken, state, record = _restored(folder, abstract_state(run, teacher_params, mesh), step)
     processes.barrier()  # all have seen that the targets may be written
-    known = {"versions": record["versions"], "teacher_sha256": record["identity"]["teacher"]}
+    known: dict[str, Any] = {"versions": record["versions"], "teacher_sha256": record["identity"]["teacher"]}
+    if processes.is_main():
+        known |= {"teacher_files": weight_files(run.teacher_folder), "text": text_of(run, record["identity"]["data"])}
     shown = None if taken == run.config.training.steps else taken
     for name, target in targets.items():
         params = on_host(state.students[name].trained["params"], mesh)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ class BoundTerm:
     note: str = ""
     memory_bank: tuple[Feature, int] | None = None
     relation_heads: int = 0  # of a relation or attention KL, whose implementation depends on them
+    detail: str = ""  # what the layers do not say, for a person
 
     @property
     def layers(self) -> str:
@@ -99,8 +101,8 @@ class BoundTerm:
 
     @property
     def description(self) -> str:
-        """Weight, name and layers."""
-        return f"{self.weight} x {self.name}: {'layers ' if self.pairs else ''}{self.layers}"
+        """Weight, name, layers and what else a person needs to do it again."""
+        return f"{self.weight} x {self.name}: {'layers ' if self.pairs else ''}{self.layers}" + (f", {self.detail}" if self.detail else "")
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,13 @@ class Link:
         draw = jnp.minimum(step // self.every, len(self.draws) - 1)
         number = jnp.asarray(self.draws, jnp.int32)[draw]
         return jax.lax.switch(number, [lambda array=array: array for array in arrays])
+
+
+def relations_detail(vectors: Mapping[str, float], heads: int) -> str:
+    """The relation heads, and which relations with which weight unless these are MiniLMv2's."""
+    usual = vectors.keys() == {"query", "key", "value"} and len(set(vectors.values())) == 1 and math.isclose(sum(vectors.values()), 1)
+    weights = "" if usual else " of " + ", ".join(f"{weight:.4g} x {name}" for name, weight in vectors.items())
+    return f"{heads} relation heads{weights}"
 
 
 def links_of(layer_map: LayerMapConfig, sides: Sides, lowest: int) -> tuple[Pairs, list[Link], str]:

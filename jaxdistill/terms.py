@@ -31,7 +31,7 @@ from jaxdistill.config import (
 from jaxdistill.errors import InputError
 from jaxdistill.features import Feature
 from jaxdistill.models import label_order
-from jaxdistill.parts import BoundTerm, Inputs, Link, Part, Sides, SumAndCount, first_vectors, links_of
+from jaxdistill.parts import BoundTerm, Inputs, Link, Part, Sides, SumAndCount, first_vectors, links_of, relations_detail
 
 
 def _not_learned(term, sides: Sides) -> None:
@@ -103,8 +103,8 @@ def _bind_relations(name: str, term: RelationKL | RelationMSE, sides: Sides) -> 
             student, teacher = (sum(sides_of, ()) for sides_of in zip(*map(link.features, vectors.split("-")), strict=True))
             title = f"{name}/{vectors.replace('-', '_')}{link.suffix}"
             parts.append(Part(title, weight, student, teacher, partial(compute, link), _product_flops(sides)))
-    softmax = heads if isinstance(term, RelationKL) else 0
-    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note, relation_heads=softmax)
+    said = {"relation_heads": heads if isinstance(term, RelationKL) else 0, "detail": relations_detail(term.vectors(), heads)}
+    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note, **said)
 
 
 def _bind_direct(name: str, term: DirectMSE, sides: Sides) -> BoundTerm:
@@ -122,7 +122,7 @@ def _bind_direct(name: str, term: DirectMSE, sides: Sides) -> BoundTerm:
             cost = lambda length: 6 * shape[0] * shape[1] * shape[2]  # noqa: E731
             title = f"{name}/{vectors}{link.suffix}"
             parts.append(Part(title, weight, *link.features(vectors), partial(compute, link), cost, (("student", shape),)))
-    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note)
+    return BoundTerm(name, term.kind, term.weight, pairs, tuple(parts), note, detail=relations_detail(term.vectors(), heads))
 
 
 def _bind_attention(name: str, term: AttentionKL | AttentionMSE, sides: Sides) -> BoundTerm:

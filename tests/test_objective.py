@@ -82,7 +82,18 @@ def test_one_pair():
     assert (bound.name, bound.pairs, bound.weight.at(0)) == ("relation_kl", ((6, 11),), 2.0)
     assert [part.name for part in bound.parts] == ["relation_kl/query", "relation_kl/key", "relation_kl/value"]
     assert [part.weight for part in bound.parts] == pytest.approx([1 / 3] * 3)
-    assert bound.description == "2 x relation_kl: layers 6<-11"
+    assert bound.description == "2 x relation_kl: layers 6<-11, 12 relation heads"
+
+
+def test_the_description_tells_terms_apart():
+    fields = ({"relation_heads": 12}, {"relation_heads": 24, "query": 0.0, "key": 0.0, "value": 1.0})
+    kinds = (RelationKL, RelationMSE, DirectMSE)
+    ends = ["12 relation heads", "24 relation heads of 1 x value"]
+    for kind in kinds:
+        bound = bind(*(make(kind, **each) for each in fields))
+        assert [each.description.partition("<-12, ")[2] for each in bound] == ends
+    (crossed,) = bind(term(cross={"query-key": 0.5}))
+    assert crossed.description.endswith("12 relation heads of 0.3333 x query, 0.3333 x key, 0.3333 x value, 0.5 x query-key")
 
 
 def test_several_pairs_are_named():

@@ -16,6 +16,7 @@ from tiny_texts import BERT_SPECIAL, wordpiece, write_folder
 from jaxdistill.config import load_config
 from jaxdistill.data import load_tokenizer
 from jaxdistill.errors import InputError
+from jaxdistill.export import export_student
 from jaxdistill.models import load_pretrained
 from jaxdistill.redaction import redacted
 
@@ -91,6 +92,20 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path):
     except InputError as error:
         assert "the tokenizer there cannot be loaded" in str(error)
     assert not Path("owned").exists() and not (folder / "owned").exists()
+
+
+def test_code_that_a_model_names_is_not_passed_on(tmp_path):
+    folder, ours = write_folder(tmp_path / "theirs", wordpiece(), BERT_SPECIAL), tmp_path / "ours"
+    write_model(folder, tiny_config(num_layers=1))
+    junk = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "is_local": True, "local_files_only": True}
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | junk))
+    (folder / "own.py").write_text("class Own: pass\n")
+    export_student(ours, *load_pretrained(folder), tokenizer=folder, dtype="float32", card="# A student")
+    settings = json.loads((ours / "tokenizer_config.json").read_text())
+    assert not junk.keys() & settings.keys() and settings["mask_token"] == "[MASK]"
+    assert not junk.keys() & json.loads((ours / "config.json").read_text()).keys()
+    assert not [path for path in ours.iterdir() if path.suffix == ".py" or b"own.Own" in path.read_bytes()]
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/b", "", ".hidden", "a\nb", "x" * 101, "a b", "ü"])

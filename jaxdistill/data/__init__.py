@@ -6,7 +6,7 @@ from jaxdistill.data.order import RowOrder
 from jaxdistill.data.prepare import prepare
 from jaxdistill.data.reader import Batch, RowSource, TokenStore, batches, held_out_rows
 from jaxdistill.data.rows import pack_documents
-from jaxdistill.data.sources import DocumentCounts, read_documents, read_labelled, source_fingerprint
+from jaxdistill.data.sources import DocumentCounts, read_documents, read_labelled, source_fingerprint, source_name
 from jaxdistill.data.split import is_held_out
 from jaxdistill.data.stream import TextStream, open_stream
 from jaxdistill.data.tokenizer import TextTokenizer, check_tokenizer, load_tokenizer, save_tokenizer
@@ -40,4 +40,5 @@ __all__ = [
     "row_order",
     "save_tokenizer",
     "source_fingerprint",
+    "source_name",
 ]

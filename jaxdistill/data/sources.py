@@ -21,6 +21,7 @@ from jaxdistill.data.source_files import (
     source_files,
 )
 from jaxdistill.errors import InputError
+from jaxdistill.models import no_such_dataset, refusal, status_of
 from jaxdistill.redaction import first_line
 from jaxdistill.urls import is_url
 
@@ -207,7 +208,8 @@ def hub_stream(source: SourceConfig) -> Any:
     try:
         stream = datasets.load_dataset(source.dataset, name=source.name, split=source.split, revision=source.revision, streaming=True)
     except Exception as error:  # as many types as there are storage clients under it
-        raise InputError(f"{source_name(source)}: the dataset of the Hub cannot be opened: {first_line(str(error))}") from error
+        reason = refusal(error) if status_of(error) else first_line(str(error))
+        raise InputError(f"{source_name(source)}: the dataset of the Hub cannot be opened: {reason}") from error
     if stream.column_names is not None and source.column in stream.column_names:
         stream = stream.select_columns([source.column])  # the others of a parquet file are not downloaded
     return stream
@@ -239,10 +241,8 @@ def _resolved_revision(source: SourceConfig) -> str:
     try:
         return str(huggingface_hub.dataset_info(str(source.dataset), revision=source.revision).sha)
     except Exception as error:  # httpx errors, Hub errors and plain OSErrors have no common base
-        raise InputError(
-            f"{source.dataset}: the dataset of the Hub cannot be reached: {error} (with a commit's 40 digits as revision, a store "
-            "that is already prepared needs no network)"
-        ) from error
+        hint = "with a commit's 40 digits as revision, a store that is already prepared needs no network"
+        raise InputError(f"{source.dataset}: {no_such_dataset(error, source.revision) or f'{refusal(error)} ({hint})'}") from error
 
 
 def source_fingerprint(source: SourceConfig) -> dict[str, Any]:

@@ -19,6 +19,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.b
 LARGEST_VOCABULARY_PADDING = 128
 # A Unicode noncharacter: no text holds it, so that no text spells a token whose name begins with it.
 UNSPELLABLE = "\U0010ffff"
+# Of tokenizer_config.json: code that a reader who trusts the export would run, and how this process happened to load the tokenizer.
+_NOT_PASSED_ON = ("auto_map", "is_local", "local_files_only")
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,17 @@ def load_tokenizer(path_or_hub_id: str | Path) -> TextTokenizer:
 
 
 def save_tokenizer(path_or_hub_id: str | Path, folder: str | Path, model_max_length: int) -> None:
-    """Writes the tokenizer's Hugging Face files into `folder`, with `model_max_length` tokens as its limit."""
+    """Writes the tokenizer's Hugging Face files into `folder`, with `model_max_length` tokens as its limit and no code to run."""
     tokenizer = _load(path_or_hub_id)
     tokenizer.model_max_length = model_max_length
     tokenizer.save_pretrained(str(folder))
     settings_file = Path(folder) / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    settings = {name: value for name, value in settings.items() if name not in _NOT_PASSED_ON}
     if settings.get("tokenizer_class") == "TokenizersBackend":
         # transformers 4 does not know this name and refuses the folder; both know the older one.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_tokenizer(tokenizer: TextTokenizer, *, vocab_size: int, pad_token_id: int | None, where: str) -> None:

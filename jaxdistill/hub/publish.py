@@ -44,7 +44,8 @@ def export_command(
       InputError: as `export_checkpoint` and `push_folder`; a licence that is not known and not given; one name for two students.
     """
     if licence is not None and not _LICENCE.fullmatch(licence):
-        raise InputError(f"--license: {licence!r} is no identifier of the Hub, as apache-2.0, mit, cc-by-sa-4.0, other")
+        meant = f"; {licence.lower()}?" if _LICENCE.fullmatch(licence.lower()) else ""
+        raise InputError(f"--license: {licence!r} is no identifier of the Hub, as apache-2.0, mit, cc-by-sa-4.0, other{meant}")
     runs = resolve_stages(load_config(folder, ["mesh={}"]), num_devices=1)
     names = students_of(runs[-1], student, folder)
     repositories = push.names(names) if push else {}
@@ -55,7 +56,8 @@ def export_command(
         # What is only shown or uploaded leaves no folder behind.
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) if dry_run or (push and not to) else None
         targets = {name: (scratch or to or folder / "export") / name for name in names}
-        publish = partial(published, folder=folder, licence=licence, results=results, repositories=repositories)
+        there = {"repositories": repositories, "revision": push.revision if push else "main"}
+        publish = partial(published, folder=folder, licence=licence, results=results, **there)
         written = export_checkpoint(folder, runs, targets, step=step, dtype=dtype, overwrite=overwrite, publish=publish)
         for name, place in zip(names, written, strict=is_main()):  # the others have nothing written
             if dry_run:
@@ -87,6 +89,7 @@ def published(
     licence: str | None,
     results: Path,
     repositories: dict[str, str],
+    revision: str,
 ) -> Published:
     """What the card says that only the command knows: where the student will lie, and the scores of these very weights."""
     hashes = {weights_sha256(written): ""}
@@ -95,7 +98,7 @@ def published(
         hashes.setdefault(weights_sha256(exported), "Scores of the same weights in the type in which the run exported them")
     scores, notes = find_scores(hashes, results)
     place = repositories.get(name) or "path/to/this/folder"
-    return Published(place=place, licence=licence, scores=scores, notes=notes)
+    return Published(place=place, revision=revision, licence=licence, scores=scores, notes=notes)
 
 
 def find_scores(hashes: dict[str, str], results: Path) -> tuple[tuple[Score, ...], tuple[str, ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxdistill.card import card_of
 from jaxdistill.errors import InputError
-from jaxdistill.models import network_errors, refusal
+from jaxdistill.models import may_pass, network_errors, refusal, status_of
 from jaxdistill.redaction import redacted
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?")
@@ -88,8 +88,12 @@ def _said_in_one_line(repository: str, what: str) -> Iterator[None]:
     except ValueError as error:  # an answer that the client cannot read, metadata that the Hub does not take
         raise InputError(f"--push: the Hub does not take {repository}: {error}") from None
     except (*network_errors(), RuntimeError) as error:
-        again = "; the same command goes on: what the Hub has already is not sent again" if what == "write" else ""
-        raise InputError(f"--push: {repository}: {refusal(error)}{again}") from None
+        said, status = refusal(error), status_of(error)
+        if what == "write" and status == 403:
+            said += f"; {repository.partition('/')[0]} must be an account or an organisation that it may write to"
+        elif what == "write" and may_pass(status):
+            said += "; the same command goes on: what the Hub has already is not sent again"
+        raise InputError(f"--push: {repository}: {said}") from None
 
 
 def look(push: Push, repository: str, *, dry_run: bool, overwrite: bool) -> Remote:
@@ -162,7 +166,7 @@ def push_folder(folder: Path, push: Push, remote: Remote) -> str:
 
     api, repository, ours = HfApi(token=get_token()), remote.repository, local_files(folder)
     address = f"{api.endpoint}/{repository}"
-    is_private = remote.private if remote.there else not push.public
+    seen = visibility(push, remote)
     with _said_in_one_line(repository, "write"):
         if not remote.there:
             api.create_repo(repository, private=not push.public, exist_ok=True)
@@ -171,13 +175,20 @@ def push_folder(folder: Path, push: Push, remote: Remote) -> str:
             remote = _ask(api, push, repository)  # a new branch begins as the main one
         stale = _stale(remote, ours)
         if not stale and all(_is_same(remote, path, each) for path, each in ours.items()):
-            return f"{address} holds these very files already"
+            return f"{address} holds these very files already ({seen})"
         commit = _commit(api, folder, push, repository, ours, stale)
         there = _files(api, repository, commit)
     wrong = [path for path, each in ours.items() if there.get(path, (0, ""))[1] not in each[1:]]
     if wrong:
         raise InputError(f"--push: {repository} at {commit} does not hold what was sent: {wrong[0]} differs; push again")
-    return f"{address}/tree/{commit} ({'private' if is_private else 'public'}; {len(ours)} files, their hashes as here)"
+    return f"{address}/tree/{commit} ({seen}; {len(ours)} files, their hashes as here)"
+
+
+def visibility(push: Push, remote: Remote) -> str:
+    """Who sees the repository after a push, and why where that is not what was asked for."""
+    if not (remote.private if remote.there else not push.public):
+        return "public"
+    return "private" + (" as before: --public is for new repositories, this one's settings on the Hub change it" if push.public else "")
 
 
 def local_files(folder: Path) -> dict[str, tuple[int, str, str]]:
@@ -240,7 +251,6 @@ def show(folder: Path, push: Push | None, remote: Remote | None, target: Path) -
         print(f"would write {len(ours)} files, {total:,} bytes, to {target}{' (which exists)' if target.exists() else ''}")
         states = dict.fromkeys(ours, "")
     else:
-        kind = "private" if (remote.private if remote.there else not push.public) else "public"
         state = (
             "exists"
             if remote.there
@@ -248,7 +258,8 @@ def show(folder: Path, push: Push | None, remote: Remote | None, target: Path) -
             if remote.unknown
             else "would be created (or is not shown to you)"
         )
-        print(f"would push {len(ours)} files, {total:,} bytes, to {remote.repository}, branch {push.revision}, {kind}; it {state}")
+        where = f"{remote.repository}, branch {push.revision}, {visibility(push, remote)}"
+        print(f"would push {len(ours)} files, {total:,} bytes, to {where}; it {state}")
         if remote.there and remote.unknown:
             print(f"would be refused: {remote.unknown}")
         changed = {path: "same" if _is_same(remote, path, each) else "changed" for path, each in ours.items() if path in remote.files}

@@ -20,7 +20,20 @@ from jaxdistill.models.attention import attention_kernel, not_fused
 from jaxdistill.models.config import EncoderConfig, label_order
 from jaxdistill.models.encoder import Encoder, layer_name
 from jaxdistill.models.heads import Classifier, MLMHead, Pooler
-from jaxdistill.models.hub import find_model, hub_origin, network_errors, pinned, refusal, split_revision, weights_sha256
+from jaxdistill.models.hub import (
+    find_model,
+    hub_origin,
+    may_pass,
+    network_errors,
+    no_such_dataset,
+    pinned,
+    refusal,
+    sha256_of_weights,
+    split_revision,
+    status_of,
+    weight_files,
+    weights_sha256,
+)
 from jaxdistill.models.huggingface import load_config, load_pretrained, save_pretrained, with_mlm_head
 from jaxdistill.models.int8 import in_int8, is_int8
 from jaxdistill.row_keys import RowKeys
@@ -41,14 +54,19 @@ __all__ = [
     "layer_name",
     "load_config",
     "load_pretrained",
+    "may_pass",
     "mlm_logits",
     "network_errors",
+    "no_such_dataset",
     "not_fused",
     "num_parameters",
     "pinned",
     "refusal",
     "save_pretrained",
+    "sha256_of_weights",
     "split_revision",
+    "status_of",
+    "weight_files",
     "weights_sha256",
     "with_mlm_head",
 ]

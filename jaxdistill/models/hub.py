@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxdistill.errors import InputError
@@ -73,13 +74,23 @@ def network_errors() -> tuple[type[Exception], ...]:
     return http, errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError
 
 
-def refusal(error: Exception) -> str:
-    """Why the Hub did not do what it was asked for, in a few words; no token, no address with one."""
+def status_of(error: Exception) -> int | None:
+    """What the Hub answered with; None where it did not answer."""
+    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in _chain(error)]
+    return next((status for status in statuses if status), None)
+
+
+def _chain(error: Exception) -> list[BaseException]:
+    """The error and what it came from."""
     chain, seen = [error], error
     while (seen := seen.__cause__ or seen.__context__) and len(chain) < 10:
         chain.append(seen)
-    statuses = [getattr(getattr(each, "response", None), "status_code", None) for each in chain]
-    status = next((status for status in statuses if status), None)
+    return chain
+
+
+def refusal(error: Exception) -> str:
+    """Why the Hub did not do what it was asked for, in a few words; no token, no address with one."""
+    status = status_of(error)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return "the Hub could not be reached (HF_HUB_OFFLINE is set)"
     if status == 401:
@@ -87,9 +98,32 @@ def refusal(error: Exception) -> str:
     if status == 403:
         return "the Hub forbids it (403): the token lacks the permission; give one that has it (`hf auth login`)"
     where = f" at {os.environ['HF_ENDPOINT']} (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else ""
+    if status == 404 and where:
+        return f"the Hub{where} answered 404 as no Hub does; correct HF_ENDPOINT"
     if status:
-        return f"the Hub{where} answered {status}; try again later"
-    return f"the Hub{where} could not be reached: {type(chain[-1]).__name__}"
+        return f"the Hub{where} answered {status}" + ("; try again later" if may_pass(status) else "")
+    return f"the Hub{where} could not be reached: {type(_chain(error)[-1]).__name__}"
+
+
+def may_pass(status: int | None) -> bool:
+    """Whether the same request may succeed another time."""
+    return status is None or status >= 500 or status in (408, 429)
+
+
+def no_such_dataset(error: Exception, revision: str | None) -> str | None:
+    """Why the Hub has no such dataset for us, in a few words; None: something else was wrong."""
+    from huggingface_hub import errors
+
+    for each in _chain(error):
+        if isinstance(each, errors.HFValidationError):
+            return "the Hub has no datasets of such names; a file or folder is given as path"
+        if isinstance(each, errors.GatedRepoError):
+            return "a gated dataset of the Hub; accept its terms there and log in with `hf auth login`"
+        if isinstance(each, errors.RevisionNotFoundError):
+            return f"the Hub has the dataset but no revision {revision!r} of it"
+        if isinstance(each, errors.RepositoryNotFoundError):
+            return "no dataset that the Hub shows you (a private one needs `hf auth login`)"
+    return None
 
 
 def _fetch(name: str, hub_id: str, revision: str | None) -> Path:
@@ -126,10 +160,20 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
             raise error from error.__cause__  # which says what the Hub answered
 
 
-def weights_sha256(folder: Path) -> str:
-    """Hash of the weights in a model folder: the same wherever the folder lies."""
-    digest = hashlib.sha256()
+def weight_files(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of each file of weights in a model folder, as `sha256sum` and the Hub show it."""
+    found = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def sha256_of_weights(files: Mapping[str, str]) -> str:
+    """The identity of a model's weights, in checkpoints and results: sha256 of the digests in `weight_files`, not of a file."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, files.values()))).hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the weights in a model folder: the same wherever the folder lies."""
+    return sha256_of_weights(weight_files(folder))

@@ -7,6 +7,9 @@ import yaml
 from hub_runs import files_of, run_config
 from tiny_models import tiny_config, write_model
 
+from jaxdistill.config import SourceConfig
+from jaxdistill.data import source_fingerprint
+from jaxdistill.data.sources import hub_stream
 from jaxdistill.errors import InputError
 from jaxdistill.models import find_model, hub_origin, load_pretrained, pinned, weights_sha256
 from jaxdistill.results import describe_model
@@ -66,6 +69,38 @@ def test_what_the_hub_does_not_give(hub, cache, model, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere")
     refuses("secret/model", "neither a folder here nor a model")
+
+
+def test_datasets_that_the_hub_does_not_give(hub, monkeypatch):
+    source = SourceConfig(dataset="acme/texts", revision="v9")
+    found = "/api/datasets/acme/texts"
+    for status, code, said in (
+        (404, "RepoNotFound", "no dataset that the Hub shows you (a private one needs `hf auth login`)"),
+        (403, "GatedRepo", "a gated dataset of the Hub; accept its terms there and log in with `hf auth login`"),
+        (404, "RevisionNotFound", "the Hub has the dataset but no revision 'v9' of it"),
+        (401, "", "the Hub does not accept the token; log in again with `hf auth login`, or correct HF_TOKEN (with a commit's 40 digits"),
+        (503, "", f"the Hub at {hub.endpoint} (HF_ENDPOINT) answered 503; try again later (with a commit's 40 digits as revision, a store"),
+    ):
+        hub.breaks.clear()
+        hub.break_next("GET", found, status, code=code)
+        with pytest.raises(InputError) as caught:
+            source_fingerprint(source)
+        assert str(caught.value).startswith(f"acme/texts: {said}") and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"a b: the Hub has no datasets of such names; a file or folder is given as path$"):
+        source_fingerprint(SourceConfig(dataset="a b"))
+
+
+def test_a_dataset_that_cannot_be_opened(hub, monkeypatch):
+    """What its library passes on of the Hub's errors has several lines, and an address."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda place, **_: HfApi(endpoint=hub.endpoint).dataset_info(place))
+    hub.break_next("GET", "/api/datasets/", 503)
+    with pytest.raises(InputError) as caught:
+        hub_stream(SourceConfig(dataset="acme/texts", name="en"))
+    said = f"the Hub at {hub.endpoint} (HF_ENDPOINT) answered 503; try again later"
+    assert str(caught.value) == f"acme/texts/en: the dataset of the Hub cannot be opened: {said}"
 
 
 def test_a_hub_that_fails(hub, cache, model, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -82,10 +83,13 @@ def test_the_card(cli, hub, distilled, ground, tmp_path):
     assert "| RTE validation | accuracy | 65.0 ± 7.1 | 2 |" in card and "Protocol udagawa2023" in card
     held_out = [json.loads(line)["small/held_out"] for line in (distilled / "metrics.jsonl").read_text().splitlines() if "held_out" in line]
     tokens = json.loads((distilled / "metrics.jsonl").read_text().splitlines()[-1])["tokens"]
+    totals = json.loads((distilled / "tokens" / "manifest.json").read_text())["totals"]
+    text_tokens = sum(totals["tokens"].values())
     for part in (
-        f"[acme/teacher](https://huggingface.co/acme/teacher) at revision `{ground.commit}`, 3 x 48",
-        f"| sha256 of the last teacher's weights | `{weights_sha256(ground.teacher)}` |",
-        "| text | `letters.txt` |",
+        f"`acme/teacher` at revision `{ground.commit}`, 3 x 48",
+        f"| sha256 of the teacher's model.safetensors | `{sha256((ground.teacher / 'model.safetensors').read_bytes()).hexdigest()}` |",
+        f"| text | `letters.txt`, 80 documents of {text_tokens:,} tokens |",
+        "| text, in all | 10 % of the documents held out, not trained on |",
         "| start | teacher layer 1 |",
         f"2 steps of 8 x 16 tokens, masked text; {tokens:,} tokens seen",
         "1 x output_kl", "1 x hidden_mse: layers 1<-3",
@@ -164,12 +168,22 @@ def test_repositories_that_are_not_to_be_written(cli, hub, distilled):
     assert cli("export", distilled, "--push", "owner/foreign", "--dtype", "float16")[0] == 0
 
 
+def test_public_is_for_new_repositories(cli, hub, distilled):
+    hub.add("owner/closed", {}, private=True)
+    still = "private as before: --public is for new repositories, this one's settings on the Hub change it"
+    assert f"branch main, {still}; it exists" in cli("export", distilled, "--push", "owner/closed", "--public", "--dry-run")[1]
+    assert f"({still}; " in cli("export", distilled, "--push", "owner/closed", "--public")[1] and hub.models["owner/closed"].private
+    assert f"these very files already ({still})" in cli("export", distilled, "--push", "owner/closed", "--public")[1]
+
+
 def test_a_branch(cli, hub, distilled):
     assert cli("export", distilled, "--push", "owner/branched", "--revision", "half", "--dtype", "float16", "--step", "1")[0] == 0
     repository = hub.models["owner/branched"]
     assert repository.at("main")[1].keys() == {".gitattributes"}
     card = repository.at("half")[1]["README.md"].decode()
     assert "these weights are float16" in card and "1 steps of 8 x 16 tokens (of 2 planned)" in card
+    for kind, more in (("AutoModel", ""), ("AutoTokenizer", ""), ("AutoModelForMaskedLM", ', subfolder="mlm"')):
+        assert f'{kind}.from_pretrained("owner/branched", revision="half"{more})' in card
     assert load_pretrained("owner/branched@half")[0].num_layers == 1
     refused(cli("export", distilled, "--push", "owner/branched", "--revision", "../x"), "is no name of a branch")
 
@@ -184,7 +198,7 @@ def test_a_branch(cli, hub, distilled):
         ("owner/x;rm -rf", ["no repository of the Hub"]),
         ("owner/" + "x" * 97, ["at most 96"]),
         ("https://owner:secret@host/x", ["no repository of the Hub", "https://***@host"]),
-        ("stranger/model", ["the Hub forbids it (403)"]),
+        ("stranger/model", ["the Hub forbids it (403)", "stranger must be an account or an organisation that it may write to\n"]),
     ],
 )
 def test_names(name, parts, cli, hub, distilled):
@@ -208,6 +222,10 @@ def test_no_network(cli, hub, distilled, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(cli("export", distilled, "--push", "owner/new"), "could not be reached (HF_HUB_OFFLINE is set)")
     monkeypatch.undo()
+    with monkeypatch.context() as patch:  # a server, and no Hub
+        patch.setattr("huggingface_hub.constants.ENDPOINT", f"{hub.endpoint}/elsewhere")
+        patch.setattr("huggingface_hub.hf_api.ENDPOINT", f"{hub.endpoint}/elsewhere", raising=False)
+        refused(cli("export", distilled, "--push", "owner/new"), "answered 404 as no Hub does; correct HF_ENDPOINT\n")
     hub.break_next("POST", "/api/repos/create", 502)
     refused(cli("export", distilled, "--push", "owner/new"), f"the Hub at {hub.endpoint} (HF_ENDPOINT) answered 502")
 
@@ -223,6 +241,7 @@ def test_a_teacher_without_a_licence(cli, hub, distilled, ground, tmp_path):
     (run / "config.yaml").write_text(text)
     refused(cli("export", run, "--push", "owner/bare"), "--license: the teacher's own card names no licence")
     refused(cli("export", run, "--push", "owner/bare", "--license", "MIT; rm"), "is no identifier of the Hub")
+    refused(cli("export", run, "--push", "owner/bare", "--license", "MIT"), "'MIT' is no identifier of the Hub", "other; mit?")
     code, out, _ = cli("export", run, "--push", "owner/bare", "--dry-run")
     assert code == 0 and out.startswith("to push it, give a licence") and "not stated by the teacher" in out
     assert cli("export", run, "--push", "owner/bare", "--license", "mit")[0] == 0
