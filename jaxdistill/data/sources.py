@@ -236,10 +236,10 @@ def hub_documents(source: SourceConfig, stream: Any, where: str) -> Iterator[Doc
 def _resolved_revision(source: SourceConfig) -> str:
     if source.revision is not None and COMMIT.fullmatch(source.revision):
         return source.revision  # nothing to ask: a store made of it can be used again without a network
-    import huggingface_hub
+    from huggingface_hub import HfApi
 
     try:
-        return str(huggingface_hub.dataset_info(str(source.dataset), revision=source.revision).sha)
+        return str(HfApi().dataset_info(str(source.dataset), revision=source.revision).sha)
     except Exception as error:  # httpx errors, Hub errors and plain OSErrors have no common base
         hint = "with a commit's 40 digits as revision, a store that is already prepared needs no network"
         raise InputError(f"{source.dataset}: {no_such_dataset(error, source.revision) or f'{refusal(error)} ({hint})'}") from error

@@ -208,7 +208,7 @@ def test_hub_fingerprint_is_the_commit(monkeypatch):
     class Info:
         sha = "ab" * 20
 
-    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda dataset, revision: Info())
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, dataset, revision: Info())
     found = source_fingerprint(HUB.model_copy(update={"revision": None}))
     assert found == {"dataset": "someone/texts", "name": "en", "split": "train", "revision": "ab" * 20}
     assert source_fingerprint(HUB)["revision"] == HUB.revision  # a commit is not asked for

@@ -143,7 +143,7 @@ SECRET = "swordfish99"
         (f"data.sources=[https://me:{SECRET}@host/x.jsonl]", "data.sources.0"),
         (f"data.sources=[{{path: 's3://bucket/x.jsonl?token={SECRET}'}}]", "data.sources.0.path"),
         (f"data.store=https://host/store?X-Amz-Signature={SECRET}", "data.store"),
-        (f"teacher_name=hf_{SECRET}{SECRET}", "teacher_name"),
+        (f"teacher_name=hf_{3 * SECRET}", "teacher_name"),
         (f"students={{'https://a:{SECRET}@b': {{num_layers: 1}}}}", "students"),
         (f"https://a:{SECRET}@b=1", "config"),
         (f"objective=https://a:{SECRET}@b", "objective"),
