@@ -77,5 +77,6 @@ def damage() -> Iterator[None]:
             raise
         if re.search(r"RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE", str(error)):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = re.sub(r" See full TensorStore details.*", "", str(error))  # the repr of a method
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
         raise DamagedError(f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}") from error
