@@ -29,8 +29,6 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    # A file goes to one worker, which makes what its tests share once (--dist loadfile): the long ones first, or the end waits for them.
-    items.sort(key=lambda item: "compiled_once" not in item.fixturenames)
     if not config.getoption("--each-value-once"):
         return
     seen, kept, dropped = set(), [], []
@@ -43,23 +41,17 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
 @pytest.fixture(scope="module")
-def compiled_once(programs):
+def compiled_once(tmp_path_factory):
     """For whole runs of milliseconds a step: hardly optimised programs, read from a cache when they are run again.
 
     In the environment too, so that a process of its own computes the same bits.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        for cache, quick in ((programs, True), (None, False)):
+        for cache, quick in ((str(tmp_path_factory.mktemp("compiled")), True), (None, False)):
             jax.config.update("jax_compilation_cache_dir", cache)
             jax.config.update("jax_disable_most_optimizations", quick)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05 if quick else 1.0)
             compilation_cache.reset_cache()
             if quick:
                 yield
