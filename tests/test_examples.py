@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from tiny_models import tiny_config, write_model
 from tiny_texts import BERT_SPECIAL, make_texts, wordpiece, write_folder
+from waiting import PATIENCE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -35,7 +36,7 @@ def test_finetune_pytorch(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
     }
     finished = subprocess.run(
-        [sys.executable, script, "student", *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, script, "student", *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"^stsb validation: pearson -?\d+\.\d, spearman -?\d+\.\d$", finished.stdout, re.MULTILINE), finished.stdout

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from tiny_texts import make_texts
+from waiting import PATIENCE
 
 from jaxdistill import processes
 from jaxdistill.config import DataConfig
@@ -22,7 +23,7 @@ class Hosts:
     """Runs `work(index)` on so many hosts; what each returned or raised."""
 
     def __init__(self, count: int, monkeypatch):
-        self.own, self.barrier, self.said = threading.local(), threading.Barrier(count, timeout=30), [None] * count
+        self.own, self.barrier, self.said = threading.local(), threading.Barrier(count, timeout=PATIENCE), [None] * count
         monkeypatch.setattr(processes, "is_main", lambda: self.own.index == 0)
         monkeypatch.setattr(processes, "gathered", self.gathered)
         monkeypatch.setattr(processes, "from_main", lambda value: self.gathered(value)[0])
@@ -61,7 +62,7 @@ class Hosts:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE)
         return results
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hub_runs import TOKEN, environment, files_of, run_config
 from tiny_models import random_params
+from waiting import PATIENCE
 
 from jaxdistill.card import card_of
 from jaxdistill.config import load_config
@@ -295,7 +296,7 @@ def test_pytorch_loads_what_was_pushed(hub, distilled, tmp_path):
     """Processes of their own that know the Hub by HF_ENDPOINT: the command line pushes, transformers fetches."""
     command = [sys.executable, "-m", "jaxdistill.cli", "export", str(distilled), "--push", "owner/loaded"]
     own = environment(hub, tmp_path / "home", HF_TOKEN=TOKEN)
-    pushed = subprocess.run(command, env=own, capture_output=True, text=True, timeout=240)
+    pushed = subprocess.run(command, env=own, capture_output=True, text=True, timeout=PATIENCE)
     assert pushed.returncode == 0, pushed.stderr
     assert TOKEN not in pushed.stdout + pushed.stderr
     code = """
@@ -309,7 +310,7 @@ for name, kind, options in (("base", AutoModel, {}), ("mlm", AutoModelForMaskedL
 found["tokens"] = AutoTokenizer.from_pretrained("owner/loaded")("the river").input_ids
 print(json.dumps(found))
 """
-    loaded = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, timeout=240)
+    loaded = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, timeout=PATIENCE)
     assert loaded.returncode == 0, loaded.stderr
     found = json.loads(loaded.stdout.splitlines()[-1])
     from safetensors.numpy import load_file

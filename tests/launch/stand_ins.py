@@ -29,7 +29,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 (notes / f".{os.getpid()}").write_text(json.dumps(note))
 (notes / f".{os.getpid()}").rename(notes / f"{time.time_ns()}.{os.getpid()}.json")
 if "LINGER" in os.environ:
-    time.sleep(60)
+    time.sleep(600)
 codes = [int(code) for code in os.environ.get("CODES", "0").split()]
 sys.exit(codes[int(os.environ.get("SLURM_PROCID", os.environ.get("TPU_WORKER_ID", 0))) % len(codes)])
 """

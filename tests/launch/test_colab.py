@@ -10,6 +10,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 from stand_ins import LAUNCH
+from waiting import PATIENCE
 
 NOTEBOOK = LAUNCH / "colab.ipynb"
 
@@ -46,7 +47,7 @@ def test_runs(teacher_and_text, tmp_path, monkeypatch):
         "IPYTHONDIR": str(tmp_path / "ipython"),
     }.items():
         monkeypatch.setenv(name, value)
-    nbclient.NotebookClient(book, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(book, timeout=int(PATIENCE), kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = {cell.id: cell.outputs for cell in book.cells if cell.cell_type == "code"}
     assert not outputs["install"]  # jaxdistill is there: pip is not asked
     pages = [output.get("data", {}).get("text/html", "") for output in outputs["distill"]]

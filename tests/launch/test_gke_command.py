@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 
 from stand_ins import HOSTILE, JAXDISTILL, environment, noted, write_command
 from test_launch_files import container
+from waiting import PATIENCE, wait_for
 
 
 def start(tmp_path, arguments: list[str], **more: str) -> subprocess.Popen:
@@ -19,17 +19,14 @@ def start(tmp_path, arguments: list[str], **more: str) -> subprocess.Popen:
 
 def test_arguments_arrive_as_they_are(tmp_path):
     process = start(tmp_path, [*container()["args"], *HOSTILE], CODES="75")
-    assert process.wait(timeout=20) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     (note,) = noted(tmp_path / "notes")
     assert note["arguments"] == ["distill", *container()["args"][1:], *HOSTILE]
 
 
 def test_sigterm_reaches_it(tmp_path):
     process = start(tmp_path, container()["args"], LINGER="1")
-    for _ in range(400):
-        if found := noted(tmp_path / "notes"):
-            break
-        time.sleep(0.05)
-    assert found[0]["pid"] == process.pid  # no shell between
+    wait_for(lambda: noted(tmp_path / "notes"), process)
+    assert noted(tmp_path / "notes")[0]["pid"] == process.pid  # no shell between
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 75
+    assert process.wait(timeout=PATIENCE) == 75

@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from jax._src.clusters.slurm_cluster import SlurmCluster
 from stand_ins import HOSTILE, JAXDISTILL, batch_environment, noted, spooled, write_command
+from waiting import PATIENCE, wait_for
 
 import jaxdistill
 
@@ -34,11 +34,8 @@ def job(tmp_path):
 
 
 def started(notes, tasks: int) -> list[dict]:
-    for _ in range(400):
-        if len(found := noted(notes)) == tasks:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"{len(found)} of {tasks} tasks started")
+    wait_for(lambda: len(noted(notes)) == tasks, said=lambda: f"{len(noted(notes))} of {tasks} tasks started")
+    return noted(notes)
 
 
 def requeued(tmp_path) -> bool:
@@ -47,7 +44,7 @@ def requeued(tmp_path) -> bool:
 
 def test_one_process_on_each_node(job, tmp_path, monkeypatch):
     """Arguments as they were given; JAX finds the job, its size and the first node in what each task has."""
-    assert job("my run.yaml", *HOSTILE).wait(timeout=30) == 0
+    assert job("my run.yaml", *HOSTILE).wait(timeout=PATIENCE) == 0
     tasks = sorted(noted(tmp_path / "notes"), key=lambda task: task["environment"]["SLURM_PROCID"])
     assert [task["arguments"] for task in tasks] == [["distill", "my run.yaml", *HOSTILE]] * 2
     assert {task["cwd"] for task in tasks} == {str(tmp_path)} and not list(tmp_path.rglob("pwned")) and not requeued(tmp_path)
@@ -67,12 +64,12 @@ def test_one_process_on_each_node(job, tmp_path, monkeypatch):
     [("75 75", 75, True), ("0 75", 75, True), ("2 2", 2, False), ("1 75", 75, True), ("0 1", 1, False), ("137 75", 137, True)],
 )
 def test_what_can_go_on_goes_back_to_the_queue(job, tmp_path, codes, expected, again):
-    assert job("run.yaml", CODES=codes).wait(timeout=30) == expected
+    assert job("run.yaml", CODES=codes).wait(timeout=PATIENCE) == expected
     assert requeued(tmp_path) == again
 
 
 def test_killed_a_job_goes_back_a_few_times(job, tmp_path):
-    assert job("run.yaml", CODES="137 75", SLURM_RESTART_COUNT="5").wait(timeout=30) == 137
+    assert job("run.yaml", CODES="137 75", SLURM_RESTART_COUNT="5").wait(timeout=PATIENCE) == 137
     assert not requeued(tmp_path)
 
 
@@ -81,7 +78,7 @@ def test_before_the_time_is_over(job, tmp_path):
     process = job("run.yaml", LINGER="1")
     for task in started(tmp_path / "notes", 2):
         os.kill(task["pid"], signal.SIGTERM)
-    assert process.wait(timeout=30) == 75 and requeued(tmp_path)
+    assert process.wait(timeout=PATIENCE) == 75 and requeued(tmp_path)
 
 
 def test_cancelled(job, tmp_path):
@@ -90,13 +87,13 @@ def test_cancelled(job, tmp_path):
     (task,) = started(tmp_path / "notes", 1)
     process.send_signal(signal.SIGTERM)
     os.kill(task["pid"], signal.SIGTERM)
-    assert process.wait(timeout=30) == -signal.SIGTERM and not requeued(tmp_path)
+    assert process.wait(timeout=PATIENCE) == -signal.SIGTERM and not requeued(tmp_path)
 
 
 def test_without_slurm(tmp_path):
     """The careless way, `bash launch/slurm.sbatch run.yaml`: it says what is missing."""
     line = ["bash", *spooled(tmp_path), "run.yaml"]
-    done = subprocess.run(line, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(line, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 127 and "srun: command not found" in done.stderr
 
 
@@ -130,7 +127,7 @@ def test_two_nodes_distil(teacher_and_text, tmp_path):
         f"import os, sys; os.execv({sys.executable!r}, [{sys.executable!r}, '-m', 'jaxdistill.cli', *sys.argv[1:]])",
     )
     line = [*spooled(tmp_path), "my run.yaml", "output=out put/small", "students.small.intermediate_size=64"]
-    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^devices: 2 cpu.*\(data 2,", done.stderr, re.MULTILINE)) == 1
     records = [json.loads(record) for record in (tmp_path / "out put" / "small" / "metrics.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from stand_ins import HOSTILE, LAUNCH, Cloud, noted
+from waiting import PATIENCE
 
 WAITING = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
 ONCE = ["create", "describe", "scp", "ssh", "delete"]
@@ -20,7 +21,7 @@ def pod(tmp_path):
         (tmp_path / "my run.yaml").write_text("teacher: x")
         environment = {name: value for name, value in (cloud.environment | changes).items() if value is not None}
         line = [LAUNCH / "tpu_pod.sh", *arguments]
-        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         return done.returncode, done.stderr, cloud
 
     return run

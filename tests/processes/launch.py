@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from commands import environment
-
-TIMEOUT = 120.0
+from waiting import PATIENCE, wait_for
 
 
 def free_port() -> int:
@@ -40,7 +39,7 @@ class Started:
     def last_line(self, number: int) -> str:
         return self.error(number).strip().splitlines()[-1]
 
-    def wait(self, *, but: Sequence[int] = (), seconds: float = TIMEOUT) -> list[int | None]:
+    def wait(self, *, but: Sequence[int] = (), seconds: float = PATIENCE) -> list[int | None]:
         """Exit codes of all (None: of those in `but`, which are not waited for)."""
         until = time.monotonic() + seconds
         codes: list[int | None] = []
@@ -54,12 +53,9 @@ class Started:
                 raise AssertionError(f"process {number} has not ended in {seconds} s: {self.error(number)[-3000:]}") from None
         return codes
 
-    def until(self, number: int, text: str, seconds: float = TIMEOUT) -> None:
+    def until(self, number: int, text: str) -> None:
         """Waits until a process has said this on stderr."""
-        end = time.monotonic() + seconds
-        while text not in self.error(number):
-            assert time.monotonic() < end and self.processes[number].poll() is None, self.error(number)[-3000:]
-            time.sleep(0.02)
+        wait_for(lambda: text in self.error(number), self.processes[number], lambda: self.error(number)[-3000:])
 
     def stop(self) -> None:
         for process in self.processes:

@@ -81,11 +81,11 @@ def killed(small_ground, compiled_once, folder) -> dict:
     training = small_ground.config(folder)["training"] | {"steps": 12}
     config = small_ground.config(folder / "killed", training=training)
     (folder / "killed.json").write_text(json.dumps(config))
-    command = ("jaxdistill.cli", "distill", folder / "killed.json", "--heartbeat", "3")
+    command = ("jaxdistill.cli", "distill", folder / "killed.json", "--heartbeat", "8")
     with start(folder / "first", 2, *command, devices=2) as started:
         started.until(0, "step 3/12")
         started.processes[1].kill()
-        assert started.wait(but=[1], seconds=30)[0] == 75
+        assert started.wait(but=[1])[0] == 75
     assert started.last_line(0).startswith("error: process 1 (")
     assert "step" not in started.error(1), "one process speaks"
     assert not (folder / "killed" / "export").exists()

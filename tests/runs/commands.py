@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from waiting import PATIENCE
+
 
 def environment(num_devices: int = 1) -> dict[str, str]:
     """Of a command in a process of its own: as a user runs it, but with this many fake devices and no network."""
@@ -22,5 +24,5 @@ def command(*arguments: str | Path, num_devices: int = 1) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command that ends by itself."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import fsspec
@@ -15,6 +14,7 @@ import yaml
 from commands import command, finish
 from safetensors.numpy import load_file
 from tiny_texts import make_texts
+from waiting import wait_for
 
 import jaxdistill
 from jaxdistill.config import load_config
@@ -183,10 +183,8 @@ def test_a_stream_is_killed(ground, sources, tmp_path):
         paths[name].write_text(yaml.safe_dump(streaming(ground, sources, tmp_path / name, **options)))
     assert finish(command("distill", paths["whole"]))[0] == 0
     process = command("distill", paths["killed"])
-    checkpoints, end = tmp_path / "killed" / "checkpoints", time.monotonic() + 120
-    while not (checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
-        time.sleep(0.005)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    wait_for(lambda: checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     code, _, err = finish(command("distill", paths["killed"]))

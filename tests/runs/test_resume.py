@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import yaml
 from commands import command, finish
 from safetensors.numpy import load_file, save_file
+from waiting import wait_for
 
 
 def write_config(ground, folder: Path, **changes) -> Path:
@@ -47,21 +47,13 @@ def uninterrupted(ground, tmp_path_factory) -> Path:
     return folder
 
 
-def wait_for(process, condition) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, f"ended before it could be killed: {process.communicate()[1]}"
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 def checkpoint_folders(folder: Path) -> list[str]:
     checkpoints = folder / "run" / "checkpoints"
     return [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
 
 
 def killed_when(process: subprocess.Popen, condition) -> None:
-    wait_for(process, condition)
+    wait_for(condition, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
@@ -76,7 +68,7 @@ def killed(ground, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed") / "run"
     config = write_config(ground, folder, **STEPS)
     first = command("distill", config)
-    wait_for(first, lambda: (folder / "run" / "config.yaml").exists())
+    wait_for((folder / "run" / "config.yaml").exists, first)
     code, _, err = finish(command("distill", config, "--overwrite"))  # a second one, while the first works
     assert code == 2 and "another process is working on the run" in err
     first.send_signal(signal.SIGTERM)  # it is about to compile
@@ -94,7 +86,7 @@ def killed(ground, tmp_path_factory) -> Path:
     killed_when(command("distill", config), lambda: metrics.read_bytes().count(b"\n") > moment and saved_step(folder) > 12)
     last = command("distill", config)
     begun = saved_step(folder)
-    wait_for(last, lambda: saved_step(folder) > begun)
+    wait_for(lambda: saved_step(folder) > begun, last)
     last.send_signal(signal.SIGTERM)
     code, _, err = finish(last)
     assert code == 75, err

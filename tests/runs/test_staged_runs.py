@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +15,7 @@ import yaml
 from commands import command, finish
 from tiny_models import tiny_config, write_model
 from tiny_texts import BERT_SPECIAL, make_texts, wordpiece, write_folder
+from waiting import wait_for
 
 import jaxdistill
 from jaxdistill.checkpoint import Checkpoints, Position
@@ -283,11 +283,7 @@ def test_killed_in_the_second_stage(staged, done, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(staged(tmp_path / "run")))
     process, run = command("distill", config, num_devices=8), tmp_path / "run"
-    end = time.monotonic() + 120
-    while not ((run / "checkpoints").is_dir() and any(name.isdigit() for name in names(run / "checkpoints"))):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    wait_for(lambda: (run / "checkpoints").is_dir() and any(name.isdigit() for name in names(run / "checkpoints")), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (run / "export").exists() and str(LAST_STEPS) not in names(run / "checkpoints")
