@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
@@ -76,6 +77,22 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _seal(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(record: Mapping[str, Any]) -> bytes:
+    """A record as JSON, with the checksum of what it says."""
+    return to_json({**record, "sha256": _seal(record)})
+
+
+def _read_sealed(folder: Folder, name: str) -> dict[str, Any] | None:
+    """The record in a file; None if there is none, or it does not say what was written."""
+    record = read_json(folder, name) or {}
+    seal = record.pop("sha256", None)
+    return record if seal == _seal(record) else None
+
+
 def read_manifest(folder: Folder | Path) -> dict[str, Any] | None:
     """The manifest of a complete store, or None if there is none; a manifest.json of something else raises InputError."""
     folder = Folder(folder) if isinstance(folder, Path) else folder
@@ -94,7 +111,7 @@ def _is_count(value: Any) -> bool:
 def read_part(folder: Folder, shard: Shard, part: int, *, check_files: bool) -> dict[str, Any] | None:
     """The record of a part that is complete and made from the same input, else None; `check_files`: and undamaged."""
     place = {"source": shard.source, "shard": shard.shard, "part": part}
-    record = read_json(folder, record_file(place))
+    record = _read_sealed(folder, record_file(place))
     if record is None or record.get("fingerprint") != shard.fingerprint or any(record.get(key) != value for key, value in place.items()):
         return None
     for what in ("documents", "tokens", "rows"):
@@ -112,7 +129,7 @@ def read_part(folder: Folder, shard: Shard, part: int, *, check_files: bool) -> 
 
 def read_shard(folder: Folder, shard: Shard, *, check_files: bool) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     """The record of a shard that is finished, and those of its parts; else None."""
-    record = read_json(folder, shard_file(shard))
+    record = _read_sealed(folder, shard_file(shard))
     if record is None or record.get("fingerprint") != shard.fingerprint:
         return None
     if not all(_is_count(record.get(what)) for what in ("parts", "skipped", "invalid_utf8", "duplicates")):

@@ -281,7 +281,7 @@ def _make_shard(job: _Job, shard: Shard) -> None:
         parts += 1
     record = {"fingerprint": shard.fingerprint, "source": shard.source, "shard": shard.shard, "parts": parts}
     record |= {what: getattr(counts, what) for what in ("skipped", "invalid_utf8", "duplicates")}
-    job.folder.write(layout.shard_file(shard), layout.to_json(record))
+    job.folder.write(layout.shard_file(shard), layout.sealed(record))
     job.bytes_done += shard.size
 
 
@@ -321,7 +321,7 @@ def _write_part(job: _Job, shard: Shard, part: int, documents: Iterator[str], co
             name = layout.row_file(record, split, kind)
             record["files"][name] = job.folder.write(name, rows.tobytes())
     reader.check()
-    job.folder.write(layout.record_file(record), layout.to_json(record))
+    job.folder.write(layout.record_file(record), layout.sealed(record))
     job.made.append(layout.part_name(record))
     return True
 

@@ -7,7 +7,7 @@ import os
 
 import fsspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_texts import make_texts
 
@@ -206,7 +206,9 @@ def spoilt(tmp_path, texts, tokenizer):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutations(None), st.sampled_from(["000-000000-000000.json", "000-000001.json", "000-000001-000001.json"]))
-def test_rubbish_records_are_made_again_and_lead_nowhere(spoilt, texts, tokenizer, mutation, name):
+@example(([1], False, False), "000-000000-000000.json")  # equal to the 0 of its source
+@example(([4, 0], 7, False), "000-000000-000000.json")  # a count like any other
+def test_rubbish_records_are_made_again(spoilt, texts, tokenizer, mutation, name):
     expected = contents(spoilt)
     record = json.loads(expected[name])
     spoil(record, *mutation)
@@ -215,6 +217,24 @@ def test_rubbish_records_are_made_again_and_lead_nowhere(spoilt, texts, tokenize
     prepare(data_of(texts), tokenizer=tokenizer, store=spoilt)
     after = contents(spoilt)
     assert after.keys() == expected.keys() and after[layout.MANIFEST] == expected[layout.MANIFEST]
+    for known, data in expected.items():
+        (spoilt / known).write_bytes(data)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mutations(None), st.sampled_from(["000-000000-000000.json", "000-000001.json", "000-000001-000001.json"]))
+def test_records_that_somebody_made_up_lead_nowhere(spoilt, texts, tokenizer, mutation, name):
+    """Their checksum is no secret."""
+    expected = contents(spoilt)
+    record = json.loads(expected[name])
+    del record["sha256"]
+    spoil(record, *mutation)
+    (spoilt / name).write_bytes(layout.sealed(record))
+    (spoilt / layout.MANIFEST).unlink()
+    try:
+        prepare(data_of(texts), tokenizer=tokenizer, store=spoilt)
+    except InputError as error:
+        assert "\n" not in str(error)
     assert (spoilt.parent.parent.parent / "x").read_text() == "not ours"
     for known, data in expected.items():
         (spoilt / known).write_bytes(data)
