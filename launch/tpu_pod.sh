@@ -26,7 +26,12 @@ if [ "${ON_TPU_HOST:-}" != yes ]; then # on the machine that starts it
     tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$TYPE" --spot \
       --runtime-version="${RUNTIME:-tpu-ubuntu2204-base}"
     trap 'rm -rf "$wheel"; tpus queued-resources delete "$name" --force' EXIT
-    until now=$(state); [[ $now =~ ^(ACTIVE|SUSPEND.*|FAILED)$ ]]; do sleep "${POLL_SECONDS:-30}"; done
+    unanswered=0 # in a row
+    until now=$(state); [[ $now =~ ^(ACTIVE|SUSPEND.*|FAILED)$ ]]; do
+      unanswered=$((${#now} ? 0 : unanswered + 1))
+      [ "$unanswered" -lt 20 ] || { echo "error: no TPUs: gcloud failed 20 times to say what became of $name" >&2; exit 1; }
+      sleep "${POLL_SECONDS:-30}"
+    done
     [ "$now" != FAILED ] || { echo "error: no TPUs: gcloud compute tpus queued-resources describe $name says why" >&2; exit 1; }
     code=0
     { tpus tpu-vm scp "$0" "$wheel"/*.whl "$1" "$name:" --worker=all && tpus tpu-vm ssh "$name" --worker=all --command="$line"; } || code=$?

@@ -97,7 +97,7 @@ state = attempt["states"][min(there["looks"], len(attempt["states"]) - 1)]
 if verb == "queued-resources describe":
     assert options["format"] == "value(state.state)"
     resource.write_text(json.dumps(there | {"looks": there["looks"] + 1}))
-    print(state)
+    sys.exit("UNAVAILABLE") if state == "UNAVAILABLE" else print(state)
 elif verb == "queued-resources delete":
     assert "force" in options and "quiet" in options  # else it asks, and refuses one that has TPUs
     resource.unlink()

@@ -64,6 +64,13 @@ def test_no_tpus(pod):
     assert code == 1 and "no TPUs" in error and cloud.calls[-1] == "delete" and not cloud.left
 
 
+@pytest.mark.parametrize("failures, expected", [(19, 0), (20, 1)])
+def test_gcloud_may_fail_a_while(pod, failures, expected):
+    states = ["PROVISIONING", *["UNAVAILABLE"] * 19, "PROVISIONING", *["UNAVAILABLE"] * failures, "ACTIVE"]
+    code, error, cloud = pod([{"states": states}])
+    assert code == expected and ("failed 20 times" in error) == bool(expected) and cloud.calls[-1] == "delete" and not cloud.left
+
+
 def test_a_name_that_is_taken_is_left_alone(pod, tmp_path):
     """Run twice: the second must not delete the first one's TPUs."""
     (tmp_path / "resource").write_text("{}")
