@@ -18,7 +18,7 @@ from jaxdistill.features import EncoderOutput, Feature, VocabularyLogits, all_fe
 from jaxdistill.kernels import ON_CPU, Kernels
 from jaxdistill.models.attention import attention_kernel, not_fused
 from jaxdistill.models.config import EncoderConfig, label_order
-from jaxdistill.models.encoder import Encoder, layer_name
+from jaxdistill.models.encoder import Encoder, Keys, layer_name
 from jaxdistill.models.heads import Classifier, MLMHead, Pooler
 from jaxdistill.models.hub import (
     find_model,
@@ -77,7 +77,7 @@ Params = dict
 @lru_cache(maxsize=64)
 def _definition(kind: type[nnx.Module], config: EncoderConfig, dtype: str, **options) -> nnx.GraphDef:
     """The module without its arrays."""
-    return nnx.split(nnx.eval_shape(lambda: kind(config, jnp.dtype(dtype), rngs=nnx.Rngs(0), **options)))[0]
+    return nnx.split(nnx.eval_shape(lambda: kind(config, jnp.dtype(dtype), rngs=Keys(jax.random.key(0)), **options)))[0]
 
 
 def _module(kind: type[nnx.Module], config: EncoderConfig, dtype, params: Params, **options):
@@ -99,11 +99,10 @@ def init_params(config: EncoderConfig, key: Key[Array, ""], *, pooler: bool = Fa
 
 @lru_cache(maxsize=64)
 def _initial(kind: type[nnx.Module], config: EncoderConfig):
-    """Key -> parameters. A trace of its own, and one for all students of a shape: within one large trace NNX takes a time that grows
-    with the square of it (44 students: minutes)."""
+    """Key -> parameters; one trace for all students of a shape."""
 
     def build(key):
-        module = kind(config, jnp.dtype("float32"), rngs=nnx.Rngs(params=key))
+        module = kind(config, jnp.dtype("float32"), rngs=Keys(key))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     return jax.jit(build)

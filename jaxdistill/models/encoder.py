@@ -17,7 +17,7 @@ from jaxdistill.kernels import Kernels
 from jaxdistill.models.attention import Attention, attention
 from jaxdistill.models.config import EncoderConfig
 from jaxdistill.row_keys import RowKeys
-from jaxdistill.shapes import Array, Float, Int, Num
+from jaxdistill.shapes import Array, Float, Int, Key, Num
 from jaxdistill.sharding import keep_rows, keep_vocabulary
 
 _PROJECTIONS = ("query", "key", "value")
@@ -26,6 +26,22 @@ _PROJECTIONS = ("query", "key", "value")
 def layer_name(layer: int) -> str:
     """Key of block `layer` (1..L) in the parameters; padded, so that sorting by name is sorting by number."""
     return f"{layer:02d}"
+
+
+class Keys:
+    """The keys that `nnx.Rngs(params=key)` would give, counted in Python.
+
+    NNX counts them in an array. Its sharding is asked for at every key, and under `jax.jit` the answer is an error whose text
+    prints all the programs that led there: seconds for 12 layers, minutes for 44 students.
+    """
+
+    def __init__(self, key: Key[Array, ""]):
+        self._key, self._count = key, 0
+
+    def params(self) -> Key[Array, ""]:
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -49,7 +65,7 @@ def rows_product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], dimension
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def linear(num_in: int, num_out: int, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, int8: bool = False) -> nnx.Linear:
+def linear(num_in: int, num_out: int, config: EncoderConfig, dtype: jnp.dtype, rngs: Keys, *, int8: bool = False) -> nnx.Linear:
     init = nnx.initializers.truncated_normal(config.initializer_range)
     kind = Int8Linear if int8 else nnx.Linear
     return kind(num_in, num_out, kernel_init=init, dtype=dtype, dot_general=rows_product, rngs=rngs)
@@ -69,12 +85,12 @@ class Int8Linear(nnx.Linear):
         return y.astype(self.dtype)
 
 
-def layer_norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: EncoderConfig, rngs: Keys) -> nnx.LayerNorm:
     # The fast variance E[x^2] - E[x]^2 cancels badly in float32: parity with PyTorch needs the two-pass form.
     return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
-def embed(num: int, config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Embed:
+def embed(num: int, config: EncoderConfig, rngs: Keys) -> nnx.Embed:
     init = nnx.initializers.truncated_normal(config.initializer_range)
     return nnx.Embed(num, config.hidden_size, embedding_init=init, rngs=rngs)
 
@@ -86,7 +102,7 @@ def look_up(table: nnx.Embed, ids: Int[Array, "B S"], scale: Float[Array, " V"] 
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, int8: bool = False):
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: Keys, *, int8: bool = False):
         self.config, self.dtype = config, dtype
         self.word = embed(config.vocab_size, config, rngs)
         if int8:
@@ -112,7 +128,7 @@ class Embeddings(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, int8: bool = False):
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: Keys, *, int8: bool = False):
         self.config, self.dtype = config, dtype
         width, inner = config.hidden_size, config.intermediate_size
         self.query = linear(width, width, config, dtype, rngs, int8=int8)
@@ -144,7 +160,7 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """Parameters in float32, or with `int8` matrices of whole numbers; products in `dtype`; softmax and norms in float32."""
 
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, int8: bool = False):
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: Keys, *, int8: bool = False):
         self.config, self.dtype = config, dtype
         self.embeddings = Embeddings(config, dtype, rngs, int8=int8)
         layers = range(1, config.num_layers + 1)

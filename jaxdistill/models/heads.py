@@ -7,13 +7,13 @@ from flax import nnx
 
 from jaxdistill.features import VocabularyLogits
 from jaxdistill.models.config import EncoderConfig
-from jaxdistill.models.encoder import ACTIVATIONS, layer_norm, linear
+from jaxdistill.models.encoder import ACTIVATIONS, Keys, layer_norm, linear
 from jaxdistill.row_keys import RowKeys
 from jaxdistill.shapes import Array, Float, Num
 
 
 class Pooler(nnx.Module):
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: Keys):
         self.dense = linear(config.hidden_size, config.hidden_size, config, dtype, rngs)
 
     def __call__(self, first: Float[Array, "B D"]) -> Float[Array, "B D"]:
@@ -23,7 +23,7 @@ class Pooler(nnx.Module):
 class MLMHead(nnx.Module):
     """Transform, norm, and a decoder: the word embeddings when tied, else its own kernel."""
 
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs, *, tied: bool = True):
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: Keys, *, tied: bool = True):
         self.config, self.dtype = config, dtype
         self.dense = linear(config.hidden_size, config.hidden_size, config, dtype, rngs)
         self.norm = layer_norm(config, rngs)
@@ -50,7 +50,7 @@ class Classifier(nnx.Module):
     the head itself, with dropout before it too.
     """
 
-    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, dtype: jnp.dtype, rngs: Keys):
         self.config = config
         if config.family != "bert":
             self.dense = linear(config.hidden_size, config.hidden_size, config, dtype, rngs)

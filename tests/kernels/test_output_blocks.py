@@ -1,6 +1,6 @@
 """Output distribution and masked language modelling by blocks: the value and the gradients of the plain losses."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +54,11 @@ def loss(request):
     return LOSSES[request.param]
 
 
-def evaluate(loss, form, student, teacher, mask, temperature=2.0):
-    """(mean, count, gradients of the mean with respect to the student's vectors, table and bias)."""
-    labels = labels_of(np.asarray(mask), student.bias.shape[0])
+@cache
+def program(loss, form: Kernels, cuts: tuple):
+    """Compiled once for each cut, which is compiled in."""
 
-    @jax.jit  # a fresh one each time: the cut is compiled in
+    @jax.jit
     def run(student, teacher, mask, labels, temperature):
         def mean(student):
             total, count = loss(form, student, teacher, mask, labels, temperature)
@@ -66,7 +66,15 @@ def evaluate(loss, form, student, teacher, mask, temperature=2.0):
 
         return jax.value_and_grad(mean, has_aux=True)(student)
 
-    (value, count), gradient = run(student, teacher, jnp.asarray(mask), labels, temperature)
+    return run
+
+
+def evaluate(loss, form, student, teacher, mask, temperature=2.0):
+    """(mean, count, gradients of the mean with respect to the student's vectors, table and bias)."""
+    vocabulary = student.bias.shape[0]
+    cuts = tuple(output.blocks("cpu", mask.size, vocabulary, split=split) for split in (False, True)) if form == BLOCKS else ()
+    run = program(loss, form, cuts)
+    (value, count), gradient = run(student, teacher, jnp.asarray(mask), labels_of(np.asarray(mask), vocabulary), temperature)
     return value, count, gradient
 
 

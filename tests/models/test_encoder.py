@@ -11,7 +11,7 @@ from tiny_models import random_params, tiny_config, tiny_rows
 
 from jaxdistill.features import Feature, all_features
 from jaxdistill.models import encode, forward, init_params, mlm_logits
-from jaxdistill.models.encoder import linear
+from jaxdistill.models.encoder import Keys, linear
 
 CONFIG = tiny_config(num_layers=4)
 PARAMS = random_params(CONFIG)
@@ -257,7 +257,7 @@ def test_fresh_parameters():
 
 def test_products_are_over_rows():
     """One contracted dimension in every product of the gradient: of two, XLA's CPU backend makes a transposed copy first."""
-    layer = linear(6, 10, tiny_config(), jnp.dtype("float32"), nnx.Rngs(0))
+    layer = linear(6, 10, tiny_config(), jnp.dtype("float32"), Keys(jax.random.key(0)))
     x = jax.random.normal(jax.random.key(1), (2, 5, 6))
     kernel, bias = layer.kernel[...], layer.bias[...]
     np.testing.assert_allclose(layer(x), x @ kernel + bias[None, None], rtol=1e-6, atol=1e-6)
@@ -265,3 +265,10 @@ def test_products_are_over_rows():
     gradient = jax.make_jaxpr(jax.grad(lambda params, x: jnp.sum(nnx.merge(graph, params)(x) ** 2), argnums=(0, 1)))(params, x)
     contracted = [eqn.params["dimension_numbers"][0] for eqn in gradient.eqns if eqn.primitive.name == "dot_general"]
     assert len(contracted) == 3 and all(len(left) == 1 for left, _ in contracted)
+
+
+def test_keys_are_those_of_nnx():
+    """Of a seed, the weights that a random initialisation has always given."""
+    ours, theirs = Keys(jax.random.key(3)), nnx.Rngs(params=jax.random.key(3))
+    for _ in range(4):
+        assert ours.params() == theirs.params()
