@@ -1,8 +1,12 @@
-"""Strict: 8 fake devices, strict promotion, shapes checked, full precision, warnings are errors (pyproject.toml)."""
+"""Strict: 8 fake devices, strict promotion, shapes checked, full precision, warnings are errors (pyproject.toml).
+
+Programs are small and run once: XLA takes less time without its optimisations of machine code. `make test-newest` computes with them.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite never reaches for a network
 
 from jaxtyping import install_import_hook
@@ -47,11 +51,12 @@ def compiled_once(tmp_path_factory):
 
     In the environment too, so that a process of its own computes the same bits.
     """
+    usual = jax.config.read("jax_disable_most_optimizations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        for cache, quick in ((str(tmp_path_factory.mktemp("compiled")), True), (None, False)):
+        for cache, quick in ((str(tmp_path_factory.mktemp("compiled")), True), (None, usual)):
             jax.config.update("jax_compilation_cache_dir", cache)
             jax.config.update("jax_disable_most_optimizations", quick)
             compilation_cache.reset_cache()
-            if quick:
+            if cache:
                 yield
