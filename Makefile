@@ -15,8 +15,9 @@ quickstart: $(VENV)/.installed
 
 # PyTorch comparisons run where its wheel is pinned (Python 3.11).
 WITHOUT_TORCH = $(shell $(VENV)/bin/python -c "import torch" 2>/dev/null || echo '-m "not torch"')
+PYTEST = bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.tested
-	$(VENV)/bin/python -m pytest -n 2 $(WITHOUT_TORCH)
+	$(VENV)/$(PYTEST) $(WITHOUT_TORCH)
 
 # The newest jax and flax that work together: what is computed, not what is written and said; without PyTorch, and of a grid of
 # parameters only what shows every value once.
@@ -27,7 +28,7 @@ ifeq ($(NEWEST_PYTHON),)
 	@echo "test-newest: no Python 3.12 or newer here; nothing was run"
 else
 	$(MAKE) .venv-newest/.tested VENV=.venv-newest PYTHON=$(NEWEST_PYTHON)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-newest/bin/python -m pytest -n 2 -m "not torch and not long" --each-value-once $(COMPUTED)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-newest/$(PYTEST) -m "not torch and not long" --each-value-once $(COMPUTED)
 endif
 
 $(VENV)/bin/python:

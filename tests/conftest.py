@@ -33,6 +33,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # A file is one worker's (Makefile), so that what its tests share is made once: the long ones first, that none is left at the end.
+    items.sort(key=lambda item: not (item.path.parent.name in ("processes", "runs") or item.path.name == "test_recipes.py"))
     if not config.getoption("--each-value-once"):
         return
     seen, kept, dropped = set(), [], []
