@@ -20,6 +20,14 @@ def tell(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A suite in the background of a script is started with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def handlers() -> tuple:
     return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
