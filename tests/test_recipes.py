@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import json
 import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -24,6 +26,7 @@ from jaxdistill.inspect import inspection
 from jaxdistill.metrics import read_history
 from jaxdistill.models import load_pretrained
 from jaxdistill.resolve import in_steps, resolve_stages
+from jaxdistill.sharding import create_mesh
 from jaxdistill.students import SHAPES
 from jaxdistill.tasks import TASKS
 
@@ -221,8 +224,14 @@ def rows(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Programs that are not split among devices compile in less time; tests/runs has meshes."""
+    monkeypatch.setattr(importlib.import_module("jaxdistill.distill"), "create_mesh", functools.partial(create_mesh, devices=jax.devices()[:1]))
+
+
 @pytest.mark.long
-def test_every_recipe_takes_steps(recipe, tiny, source, rows, tmp_path):
+def test_every_recipe_takes_steps(recipe, tiny, source, rows, tmp_path, one_device):
     name = recipe.stem
     real = select_students(on_task(load_config(recipe, SHORTER.get(name, [])), rows), STEPPING.get(name, []))
     config = shrunk(real, tiny(real.teacher, name in DEEP), source, tmp_path / "run")
