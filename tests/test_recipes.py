@@ -227,7 +227,9 @@ def rows(tmp_path_factory) -> Path:
 @pytest.fixture
 def one_device(monkeypatch):
     """Programs that are not split among devices compile in less time; tests/runs has meshes."""
-    monkeypatch.setattr(importlib.import_module("jaxdistill.distill"), "create_mesh", functools.partial(create_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr(
+        importlib.import_module("jaxdistill.distill"), "create_mesh", functools.partial(create_mesh, devices=jax.devices()[:1])
+    )
 
 
 @pytest.mark.long
