@@ -104,7 +104,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int | None = None):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines for every save, and pages for what it raises
-        self._failures, self._failed = CommitFailures(folder), False
+        self._failures, self._damaged = CommitFailures(folder), False
         if jax.process_count() == 1:
             # Replicas would share the writing of an array in slices, and each shape of a slice is compiled: worth it across hosts.
             handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
@@ -119,16 +119,12 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(self._failures)
         return self
 
-    def __exit__(self, kind: type | None, *exception: Any) -> None:
-        self._failed |= kind is not None
+    def __exit__(self, *exception: Any) -> None:
         try:
             self.wait()
             self._manager.close()
-        except BaseException:
-            self._failed = True
-            raise
         finally:
-            if self._failed:
+            if self._damaged or sys.exception():
                 gc.collect()  # what Orbax abandoned is heard of now; seconds in a process of many objects
             sys.unraisablehook = self._hook
             logging.getLogger("absl").removeFilter(self._failures)
@@ -210,7 +206,7 @@ class Checkpoints:
             try:
                 found = read(step)
             except DamagedError as error:
-                damaged[step], self._failed = str(error), True
+                damaged[step], self._damaged = str(error), True
                 continue
             if say and damaged:
                 for other, reason in damaged.items():

@@ -119,6 +119,8 @@ def test_a_main_thread_that_cannot_hear_is_stopped_without_it_and_a_child_is_no_
     assert process.stdout.readline() == f"child {-signal.SIGTERM}\n"
     time.sleep(0.3)
     assert process.poll() is None
+    told = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (code, "stopped; what was finished is kept, the same command goes on\n")
+    assert time.monotonic() - told < 10

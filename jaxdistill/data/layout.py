@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import zlib
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.shards import Shard
+from jaxdistill.data.shards import Shard, fingerprint_of
 from jaxdistill.data.source_files import HASHES
 from jaxdistill.data.storage import LOCK, Folder
 from jaxdistill.errors import InputError
@@ -77,20 +76,16 @@ def read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _seal(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def sealed(record: Mapping[str, Any]) -> bytes:
     """A record as JSON, with the checksum of what it says."""
-    return to_json({**record, "sha256": _seal(record)})
+    return to_json({**record, "sha256": fingerprint_of(record)})
 
 
 def _read_sealed(folder: Folder, name: str) -> dict[str, Any] | None:
     """The record in a file; None if there is none, or it does not say what was written."""
     record = read_json(folder, name) or {}
     seal = record.pop("sha256", None)
-    return record if seal == _seal(record) else None
+    return record if seal == fingerprint_of(record) else None
 
 
 def read_manifest(folder: Folder | Path) -> dict[str, Any] | None:

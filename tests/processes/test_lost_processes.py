@@ -32,7 +32,7 @@ def test_the_others_end_within_the_heartbeat_and_name_it(tmp_path):
             when[way] = time.monotonic()
         for way, (count, lost, _, line) in WAYS.items():
             codes = groups[way].wait(but=[lost])
-            assert time.monotonic() - when[way] < 100, f"{way}: left alone, JAX ends them after 100 s"
+            assert time.monotonic() - when[way] < 2.5 * HEARTBEAT, way
             for number in {*range(count)} - {lost}:
                 said = groups[way].last_line(number)
                 assert said == f"error: process {lost} ({HERE}) {line}; all end, and the same command goes on from the newest checkpoint"
@@ -56,5 +56,5 @@ def test_what_one_process_finds_wrong_or_is_told_is_said_by_each_and_one_that_ne
             assert alone[number].last_line(0) == f"error: process {number}: {what} within 2 s (--join-timeout)"
         told.until(0, "computing")
         told.processes[1].send_signal(signal.SIGTERM)
-        assert told.wait() == [75, 75]
+        assert told.wait(seconds=30) == [75, 75]
         assert [told.last_line(number) for number in (0, 1)] == [STOPPED, STOPPED]

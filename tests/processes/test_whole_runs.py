@@ -85,7 +85,7 @@ def killed(small_ground, compiled_once, folder) -> dict:
     with start(folder / "first", 2, *command, devices=2) as started:
         started.until(0, "step 3/12")
         started.processes[1].kill()
-        assert started.wait(but=[1])[0] == 75
+        assert started.wait(but=[1], seconds=30)[0] == 75
     assert started.last_line(0).startswith("error: process 1 (")
     assert "step" not in started.error(1), "one process speaks"
     assert not (folder / "killed" / "export").exists()
